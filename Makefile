@@ -1,0 +1,58 @@
+# Everything starts from a fresh clone with Python >= 3.11 (and its headers), gcc and make.
+# pip takes its settings (an index, a local wheel) from its own configuration, as always.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Passed on, e.g. `make test ARGS="-k rouge"` or `make demo ARGS="distil.train.steps=20"`.
+ARGS ?=
+
+# DeepSpeed's launcher and compiler runs look for `deepspeed` and `ninja` on the PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## make .venv and install into it the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; install Python 3.11 or later, or name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is $$($(PYTHON) -V), but 3.11 or later is needed; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "setup: $(PYTHON) has no venv module; install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
+	@test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "setup: $(PYTHON) comes without its headers, which DeepSpeed compiles against; install them (Debian, Ubuntu: python3-dev)" >&2; exit 2; }
+	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo "setup: no gcc and g++ found, with which DeepSpeed compiles its operators; install them (Debian, Ubuntu: build-essential)" >&2; exit 2; }
+	@echo "setup: making $(VENV) with $$($(PYTHON) -V) and installing into it (some minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@echo "setup: compiling DeepSpeed's operator for messages between CPU processes (once)"
+	@DS_ACCELERATOR=cpu $(BIN)/python -c 'from makd_llm import distributed; distributed.init()' >$(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log >&2; exit 1; }
+	@touch $@
+
+demo: $(INSTALLED) ## distil the demo's teacher into a low-rank student and print the table
+	@ranks=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)'); \
+	set -x; $(BIN)/deepspeed --num_accelerators $$ranks train.py --ds ds_configs/zero3.json $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED) ## format, lint, types, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+
+bench: $(INSTALLED) ## time the operations and append to benchmarks/results
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+format: $(INSTALLED) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

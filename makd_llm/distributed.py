@@ -1,0 +1,253 @@
+"""Ranks, reductions, and the one door for rank-0 work.
+
+A run is one process (a *rank*) per accelerator, or several CPU processes that talk over gloo. Two
+rules keep such a run from hanging, and this module is where both are kept:
+
+1. A collective is called by every rank or by none, so it never stands under `if rank() == 0`.
+2. Work that one rank does for all (a download, a file) goes through `on_main` or `main_first`:
+   when it fails there, the same exception is raised on every rank, so nobody waits for a message
+   that will not come.
+
+Everything here works without a process group as well: a plain `python` is a run of one rank.
+"""
+
+import logging
+import os
+import pickle
+import shutil
+import socket
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+# Rank 0 may fetch a model or write a checkpoint while the others wait in a collective.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+T = TypeVar("T")
+
+
+def init() -> None:
+    """Join the process group that the launcher's environment describes, or make a group of one.
+
+    The backend is the accelerator's (nccl on CUDA, gloo on CPU). Calling it again changes nothing.
+    """
+    _installed_tools_on_path()
+    from deepspeed import init_distributed
+    from deepspeed.accelerator import get_accelerator
+
+    if "RANK" not in os.environ and not dist.is_initialized():
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank())
+    init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=COLLECTIVE_TIMEOUT,
+        verbose=False,
+    )
+
+
+def quiet() -> None:
+    """Keep what libraries log of themselves to warnings, and on ranks other than 0 to errors."""
+    level = logging.WARNING if is_main() else logging.ERROR
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(level)
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one. To be called by every rank at a run's end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all; before `init`, what the launcher's environment says."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes share the run; before `init`, what the launcher's environment says."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, which is also its accelerator's number."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on rank 0. For words and progress bars; work belongs in `on_main`."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, as DeepSpeed sees it (`DS_ACCELERATOR=cpu` forces the CPU)."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().device_name(local_rank()))
+
+
+def barrier() -> None:
+    """Return once every rank has come here."""
+    if world_size() > 1:
+        # An all-gather of nothing: unlike `dist.barrier` it needs no device to be guessed.
+        gather_objects(None)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over all ranks, in the tensor's own dtype and device; a new tensor."""
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over all ranks, in the tensor's own dtype and device; a new tensor.
+
+    Whether a NaN on one rank survives is up to the backend: reduce a flag instead.
+    """
+    return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+def gather_objects(obj: T) -> list[T]:
+    """Every rank's object, in the order of ranks, on every rank. Objects must be picklable."""
+    if world_size() == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: T) -> T:
+    """Rank 0's object on every rank; what the other ranks pass is ignored. Must be picklable."""
+    if world_size() == 1:
+        return obj
+    box: list[Any] = [obj if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    received: T = box[0]
+    return received
+
+
+def on_main(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call `fn(*args, **kwargs)` on rank 0 alone and return its result on every rank.
+
+    Every rank calls this. The result must be picklable. What `fn` raises is raised on every rank.
+    """
+    if world_size() == 1:
+        return fn(*args, **kwargs)
+    result: Any = None
+    failure: BaseException | None = None
+    if is_main():
+        try:
+            result = fn(*args, **kwargs)
+            pickle.dumps(result)  # what cannot travel must fail here and not inside the broadcast
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
+            result, failure = None, error
+    told, result = broadcast_object((portable(failure), result))
+    _raise_together([told], failure)
+    return result  # type: ignore[no-any-return]
+
+
+def drain_on_main(fn: Callable[[Iterator[Any]], T], items: Iterator[Any]) -> T:
+    """`on_main` for work on items that all ranks make together (each item costs a collective).
+
+    Rank 0 calls `fn(items)`; the others go through the items and drop them. Where `fn` fails or stops early, rank 0
+    goes through the rest as well, so nobody waits; then the failure is raised on every rank.
+    """
+    failure: BaseException | None = None
+    result: Any = None
+    if is_main():
+        try:
+            result = fn(items)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
+            failure = error
+    for _ in items:
+        pass
+    told = broadcast_object(portable(failure))
+    _raise_together([told], failure)
+    return broadcast_object(result)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Run the body on the first rank of every machine, and after it on the other ranks.
+
+    For work whose result is kept in a cache on the machine's disk: the first rank fills it, the
+    others find it. Every rank enters this. What any rank raises in the body is raised on every
+    rank (where several fail, each keeps its own and the others get the lowest rank's).
+    """
+    leads = local_rank() == 0
+    if not leads:
+        _raise_together(gather_objects(None))
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
+        failure = error
+    if leads:
+        _raise_together(gather_objects(portable(failure)), failure)
+        failure = None
+    _raise_together(gather_objects(portable(failure)), failure)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def portable(error: BaseException | None) -> BaseException | None:
+    """The exception as it can travel: itself where pickle brings it back whole, its text if not."""
+    if error is None:
+        return None
+    try:
+        pickle.loads(pickle.dumps(error))
+    except (pickle.PickleError, TypeError, AttributeError, ValueError):
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _reduced(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+    if world_size() == 1:
+        return tensor.detach().clone()
+    # nccl sees only its own device, so a tensor of the host makes the journey there and back.
+    where = device() if dist.get_backend() == "nccl" else tensor.device
+    buffer = tensor.detach().to(where, copy=True).contiguous()
+    dist.all_reduce(buffer, op=operation)
+    return buffer.to(tensor.device)
+
+
+def _raise_together(failures: list[BaseException | None], own: BaseException | None = None) -> None:
+    """Raise this rank's own failure, or else the first of the others' with a note of its rank."""
+    if own is not None:
+        raise own
+    for failed_rank, failure in enumerate(failures):
+        if failure is not None:
+            failure.add_note(f"raised on rank {failed_rank}, and so on every rank")
+            raise failure
+
+
+def _installed_tools_on_path() -> None:
+    """Let DeepSpeed find the `ninja` that was installed with it, in an unactivated environment."""
+    scripts = sysconfig.get_path("scripts")
+    if shutil.which("ninja") is None and shutil.which("ninja", path=scripts) is not None:
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")

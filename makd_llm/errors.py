@@ -1,0 +1,28 @@
+"""How a run ends early, each with its exit code. The command line shows them as one line, without a traceback.
+
+Everything else that is raised is a defect of the program and keeps its traceback.
+"""
+
+
+class RunEnded(Exception):
+    """A run that ended before its end, on purpose. `exit_code` is what the process exits with."""
+
+    exit_code = 1
+
+
+class UserError(RunEnded):
+    """Wrong input: the message says in one line what is wrong, where, and what to do about it."""
+
+    exit_code = 2
+
+
+class Interrupted(RunEnded):
+    """SIGTERM or SIGINT: the state is saved, and the same command goes on from it (75: EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class Diverged(RunEnded):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+    exit_code = 65
