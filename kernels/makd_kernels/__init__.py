@@ -1,0 +1,21 @@
+"""Distillation losses that never hold what they reduce: no T x T attention map, no N x V logits.
+
+Two families, each a folder with the op (`__init__.py`), plain torch to read and to check against
+(`reference.py`), and an implementation with bounded memory for any device (`blockwise.py`). Only
+torch is imported. `impl="auto"` picks an implementation; `attention_kl.choose_impl` and
+`linear_divergence.choose_impl` say which one.
+"""
+
+from makd_kernels.attention_kl import attention_kl
+from makd_kernels.linear_divergence import (
+    linear_cross_entropy_divergence,
+    linear_cross_entropy_divergence_loss,
+    linear_divergence,
+)
+
+__all__ = [
+    "attention_kl",
+    "linear_cross_entropy_divergence",
+    "linear_cross_entropy_divergence_loss",
+    "linear_divergence",
+]
