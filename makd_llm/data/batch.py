@@ -1,0 +1,155 @@
+"""Examples of unequal length as one padded batch, and the labels that say what is to be learnt.
+
+A causal model predicts at position t the token at t+1. `labels_BT` already holds that next token,
+at the same position as the logits that predict it, so no caller shifts anything; every position
+whose next token is not a summary token holds `IGNORE`. Padding may stand on either side: positions
+count real tokens from 0, so that a left-padded row sees the same rotary angles as a right-padded
+one.
+
+Shapes: B records, T tokens of the longest record (rounded up to `multiple_of`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from makd_llm.data.schema import Example
+
+IGNORE = -100
+"""The label of a position from which nothing is learnt, as in torch's `cross_entropy`."""
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All tensors are int64 and lie on the same device.
+
+    `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`. `targets_N` holds
+    the places in the flattened (B·T) batch whose label is not `IGNORE`: known here, on the host, so
+    that picking them on a device makes nobody wait.
+    """
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    position_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    targets_N: torch.Tensor
+    record_ids: tuple[str, ...]
+    padded_left: bool = False
+
+    @property
+    def token_mask_BT(self) -> torch.Tensor:
+        """(B, T) bool: True where a real token stands, False on padding."""
+        return self.attention_mask_BT.bool()
+
+    @property
+    def target_mask_BT(self) -> torch.Tensor:
+        """(B, T) bool: True where the next token is one of the summary's."""
+        return self.labels_BT != IGNORE
+
+    @property
+    def key_mask_BT(self) -> torch.Tensor | None:
+        """(B, T) what attention has to be told: the mask, where padding stands on the left.
+
+        Under causal attention no real token sees padding to its right; there it is None.
+        """
+        return self.attention_mask_BT if self.padded_left else None
+
+    @property
+    def n_tokens(self) -> torch.Tensor:
+        """() int64, on the batch's device (reading it is up to the caller): real tokens."""
+        return self.attention_mask_BT.sum()
+
+    @property
+    def n_targets(self) -> torch.Tensor:
+        """() int64, on the batch's device: positions from which a summary token is predicted."""
+        return self.target_mask_BT.sum()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device; the copy does not wait where memory is pinned."""
+        return Batch(
+            self.input_ids_BT.to(device, non_blocking=True),
+            self.attention_mask_BT.to(device, non_blocking=True),
+            self.position_ids_BT.to(device, non_blocking=True),
+            self.labels_BT.to(device, non_blocking=True),
+            self.targets_N.to(device, non_blocking=True),
+            self.record_ids,
+            self.padded_left,
+        )
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    padding_side: PaddingSide = "right",
+    multiple_of: int = 1,
+) -> Batch:
+    """Pad `examples` to one length and label each position with the summary token that follows it.
+
+    `pad_id` may equal the end-of-sequence id: padding is known by its place, never by its id.
+    `multiple_of` rounds T up, which keeps the number of different shapes small.
+    """
+    _check_padding(len(examples), padding_side, multiple_of)
+    longest = max(len(example.input_ids) for example in examples)
+    length = -(-longest // multiple_of) * multiple_of
+    input_ids_BT = torch.full((len(examples), length), pad_id)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    labels_BT = torch.full_like(input_ids_BT, IGNORE)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids)
+        start = 0 if padding_side == "right" else length - len(ids)
+        stop, summary = start + len(ids), start + example.prompt_length
+        input_ids_BT[row, start:stop] = ids
+        attention_mask_BT[row, start:stop] = 1
+        labels_BT[row, summary - 1 : stop - 1] = ids[example.prompt_length :]
+    return Batch(
+        input_ids_BT,
+        attention_mask_BT,
+        _positions(attention_mask_BT),
+        labels_BT,
+        (labels_BT.flatten() != IGNORE).nonzero().flatten(),
+        tuple(example.record_id for example in examples),
+        padded_left=padding_side == "left",
+    )
+
+
+def collate_prompts(
+    prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left, so that every row's next token comes at the same position.
+
+    Returns `(input_ids_BT, attention_mask_BT)`, both int64, as `generate` of transformers takes
+    them.
+    """
+    _check_padding(len(prompts), "left", 1)
+    length = max(len(prompt) for prompt in prompts)
+    input_ids_BT = torch.full((len(prompts), length), pad_id)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask_BT[row, length - len(prompt) :] = 1
+    return input_ids_BT, attention_mask_BT
+
+
+def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """Prompts as a left-padded batch without targets, for generation."""
+    examples = [Example(f"prompt {i}", list(ids), len(ids)) for i, ids in enumerate(prompts)]
+    return collate(examples, pad_id, padding_side="left")
+
+
+def _positions(attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Real tokens numbered from 0 in each row; padding gets a number in range that nobody uses."""
+    return (attention_mask_BT.cumsum(-1) - 1).clamp(min=0)
+
+
+def _check_padding(rows: int, padding_side: str, multiple_of: int) -> None:
+    if rows == 0:
+        raise ValueError("an empty batch has no length to pad to; pass at least one example")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is {padding_side!r}; it is 'left' or 'right'")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of is {multiple_of}; it is a positive number of tokens")
