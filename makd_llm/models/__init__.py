@@ -1,0 +1,1 @@
+"""Teachers and students: which modules an architecture has, and what a low-rank one looks like."""

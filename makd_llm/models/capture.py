@@ -1,0 +1,139 @@
+"""Scoped capture: inside `with capture(...)` a model shows what an objective asked for, and nothing else.
+
+Queries and keys are taken after rotary embedding by an attention function registered with transformers'
+AttentionInterface. It calls SDPA as before, so no architecture is forced to eager attention and no T x T map
+exists. Matrix inputs, matrix outputs and hidden states come from hooks that live only inside the `with`; they are
+registered after DeepSpeed's own, so what they see is what DeepSpeed handed on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from makd_llm.models.families import Family, Matrix
+from makd_llm.shown import AttentionShown, Needs, Shown
+
+CAPTURING_SDPA = "makd_sdpa"
+_RECORDER = "_makd_attention_recorder"
+
+
+def _capturing_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, showing queries and keys to whoever listens to this module."""
+    recorder: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = getattr(
+        module, _RECORDER, None
+    )
+    if recorder is not None:
+        recorder(query, key, kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(CAPTURING_SDPA, _capturing_sdpa)
+AttentionMaskInterface.register(CAPTURING_SDPA, sdpa_mask)
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    family: Family,
+    needs: Needs,
+    replay: dict[tuple[int, str], Tensor] | None = None,
+) -> Iterator[Shown]:
+    """Collects `needs` from the forward pass that runs inside the `with`.
+
+    model: a Hugging Face causal LM of that family, plain or low-rank. replay: inputs for the asked matrices; then
+    `Shown.matrix` holds each matrix's output for the replayed input, computed by a second call of the module (so
+    that ZeRO-3 gathers its weights), not for the model's own stream.
+    """
+    shown = Shown()
+    layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]
+    with ExitStack() as stack:
+        for index in sorted(needs.hidden):
+            hook = _hidden_hook(shown, index)
+            stack.callback(layers[index].register_forward_hook(hook).remove)
+        for index in sorted(needs.attention):
+            _listen_to_attention(layers[index], shown, index, stack)
+        for index, matrices in _by_module(family, needs):
+            module = layers[index].get_submodule(matrices[0].module)
+            hook = (
+                _replay_hook(shown, index, matrices, replay)
+                if replay
+                else _matrix_hook(shown, index, matrices, needs.matrix_input)
+            )
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield shown
+
+
+def _hidden_hook(shown: Shown, index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        shown.hidden[index] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _listen_to_attention(layer: nn.Module, shown: Shown, index: int, stack: ExitStack) -> None:
+    def record(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        window = kwargs.get("sliding_window")
+        shown.attention[index] = AttentionShown(query, key, kwargs.get("scaling"), window)
+
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, _RECORDER, record)
+            stack.callback(delattr, module, _RECORDER)
+
+
+def _by_module(family: Family, needs: Needs) -> list[tuple[int, list[Matrix]]]:
+    """The asked matrices, those that share a fused module together."""
+    groups: dict[tuple[int, str], list[Matrix]] = {}
+    for index, role in sorted(needs.matrix):
+        for matrix in family.matrices:
+            if matrix.role == role:
+                groups.setdefault((index, matrix.module), []).append(matrix)
+    return [(index, matrices) for (index, _), matrices in groups.items()]
+
+
+def _part(output: Tensor, matrix: Matrix) -> Tensor:
+    return output if matrix.parts == 1 else output.chunk(matrix.parts, dim=-1)[matrix.part]
+
+
+def _matrix_hook(
+    shown: Shown, index: int, matrices: list[Matrix], with_input: bool
+) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        for matrix in matrices:
+            shown.matrix[index, matrix.role] = _part(output, matrix)
+            if with_input:
+                shown.matrix_input[index, matrix.role] = args[0]
+
+    return hook
+
+
+def _replay_hook(
+    shown: Shown, index: int, matrices: list[Matrix], replay: dict[tuple[int, str], Tensor]
+) -> Callable[..., None]:
+    replaying = False
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal replaying
+        if replaying:  # the call below comes back here
+            return
+        replaying = True
+        try:
+            again = module(replay[index, matrices[0].role])
+        finally:
+            replaying = False
+        for matrix in matrices:
+            shown.matrix[index, matrix.role] = _part(again, matrix)
+
+    return hook

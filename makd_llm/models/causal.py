@@ -1,0 +1,61 @@
+"""A causal LM as training sees it: a backbone that makes hidden states, and a head that owns its weight.
+
+Full-vocabulary logits of two models are the largest tensors of distillation, so they are never made whole: whatever
+needs them is a function handed to the head, which calls it with the hidden states and its own weight. The head owns
+that weight (the very Parameter of the output embedding, tied or not), so under ZeRO-3 it is gathered for the head's
+forward and for nothing else.
+"""
+# B batch, T tokens, V vocabulary, D width
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from makd_llm.data.batch import Batch
+from makd_llm.models.families import Family
+
+AtHead = Callable[[Tensor, Tensor], Any]
+"""(hidden_BTD, weight_VD) -> anything."""
+
+
+class Head(nn.Module):
+    """Owner of the output weight. Calls `at_head(hidden_BTD, weight_VD)` where the weight is whole."""
+
+    def __init__(self, weight_VD: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VD
+
+    def forward(self, hidden_BTD: Tensor, at_head: AtHead) -> Any:
+        return at_head(hidden_BTD, self.weight)
+
+
+class CausalModel(nn.Module):
+    """Backbone and head of a Hugging Face causal LM, plain or low-rank."""
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.head = Head(model.get_output_embeddings().weight)  # type: ignore[union-attr,arg-type]
+
+    def forward(
+        self, batch: Batch, at_head: AtHead | None = None, generate: dict[str, Any] | None = None
+    ) -> Any:
+        """Last hidden states (B, T, D), after the final norm; with `at_head`, what that returns.
+
+        With `generate` (arguments of transformers' `generate`): the generated ids instead, (B, T + new). A whole
+        generation is one forward of this module, so that ZeRO-3 sees it begin and end.
+        """
+        if generate is not None:
+            return self.model.generate(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, **generate)
+        backbone = self.model.get_submodule(self.family.backbone)
+        # Without a mask SDPA takes its fast causal path, and no (B, T, T) mask is built.
+        hidden_BTD = backbone(
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.key_mask_BT,
+            position_ids=batch.position_ids_BT if batch.padded_left else None,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BTD if at_head is None else self.head(hidden_BTD, at_head)

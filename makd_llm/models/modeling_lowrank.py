@@ -1,0 +1,350 @@
+"""Causal language models whose matrices are stored as two thin factors.
+
+A dense matrix W (M, K) of rank R is kept as `up` (M, R) times `down` (R, K): R * (M + K) numbers
+instead of M * K, and as many multiplications per token. `LowRankLinear` is that pair. Each
+supported architecture has a subclass of transformers' own model in which some modules are replaced
+by such pairs; the config's `lowrank` says which, and with what rank:
+
+    {"model.layers.0.self_attn.q_proj": 96, ...}        one matrix per module
+    {"transformer.h.0.attn.c_attn": [64, 64, 96], ...}  q, k, v fused in one module, as in GPT-2
+
+A module that is absent from it stays dense. Attention, caches, generation, checkpointing and tied
+embeddings are transformers' own.
+
+This file travels with an exported model: `save_pretrained` puts a copy beside the weights, and
+`trust_remote_code=True` runs that copy where our package is not installed. It therefore imports
+torch and transformers and nothing else. In our package, importing it makes the Auto classes know
+these models.
+"""
+
+# Shapes: M outputs, K inputs, R rank.
+
+import gc
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+Ranks = int | list[int]  # of one matrix, or of the parts of a fused one
+
+
+class LowRankLinear(nn.Module):
+    """y = up (down x) + bias, the factored form of `nn.Linear(in_features, out_features)`.
+
+    Parameters: `down` (R, K), `up` (M, R), `bias` (M,) or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.down = nn.Parameter(torch.empty(rank, in_features))
+        self.up = nn.Parameter(torch.empty(out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        # nn.Linear's own default: entries of W with variance 1 / (3 K).
+        self.reset_parameters(std=(3 * in_features) ** -0.5)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Random factors whose product has entries of standard deviation `std`; the bias is 0."""
+        # An entry of the product sums R products of two independent factors: variance R * s**4.
+        factor_std = (std * self.rank**-0.5) ** 0.5
+        init.normal_(self.down, mean=0.0, std=factor_std)
+        init.normal_(self.up, mean=0.0, std=factor_std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) to (..., M)."""
+        return F.linear(F.linear(x, self.down), self.up, self.bias)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The product up @ down, (M, K), multiplied in fp32 or wider, in the factors' dtype."""
+        return multiply_factors(self.up, self.down).to(self.up.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
+        )
+
+
+class LowRankParts(nn.Module):
+    """Factored matrices that read one input, outputs side by side (GPT-2's fused q, k, v)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, ranks: list[int], bias: bool = True
+    ) -> None:
+        super().__init__()
+        if out_features % len(ranks):
+            raise ValueError(f"{out_features} outputs cannot be cut into {len(ranks)} equal parts")
+        size = out_features // len(ranks)
+        self.parts = nn.ModuleList(LowRankLinear(in_features, size, rank, bias) for rank in ranks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) to (..., sum of the parts' outputs)."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def multiply_factors(up_MR: torch.Tensor, down_RK: torch.Tensor) -> torch.Tensor:
+    """up @ down, (M, K), in fp32, or in float64 where the factors are."""
+    dtype = torch.promote_types(up_MR.dtype, torch.float32)
+    return up_MR.to(dtype) @ down_RK.to(dtype)
+
+
+class _LowRankConfig(PreTrainedConfig):
+    """Put before a config class: what a low-rank model's config has beside the dense one's."""
+
+    lowrank: dict[str, Ranks] | None = None  # None: every module is dense
+    _auto_class = "AutoConfig"  # so that saving copies this file
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The dense architecture's plan shards `weight`s that the factored modules do not have.
+        self.base_model_tp_plan = None  # type: ignore[misc]  # as transformers does itself
+
+
+class _LowRankCausalLM(PreTrainedModel):
+    """Put before a causal language model class: swaps the modules that the config names."""
+
+    _auto_class = "AutoModelForCausalLM"  # so that saving copies this file
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        for name, ranks in (config.lowrank or {}).items():
+            _factor_module(self, name, ranks)
+        # Under deepspeed.zero.Init parameters refer to themselves: without this, the shards of the
+        # replaced matrices would live until some later collection.
+        gc.collect()
+        self.post_init()
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # The backbone is a model of its own and would not ask this class how to fill our modules.
+        for module in self.modules():
+            if isinstance(module, LowRankLinear):
+                self._initialize_weights(module)
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LowRankLinear):
+            module.reset_parameters(std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+def _factor_module(model: nn.Module, name: str, ranks: Ranks) -> None:
+    """Replace the dense module `name` of the model by factors of the given rank or ranks."""
+    parent_name, _, child = name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        dense = getattr(parent, child)
+    except AttributeError as error:
+        raise ValueError(f"config.lowrank names {name!r}, which the model lacks") from error
+    if isinstance(dense, nn.Linear):
+        in_features, out_features = dense.in_features, dense.out_features
+    elif isinstance(dense, Conv1D):
+        in_features, out_features = dense.nx, dense.nf
+    else:
+        raise ValueError(f"config.lowrank names {name!r}, a {type(dense).__name__} and no matrix")
+    bias = dense.bias is not None
+    if isinstance(ranks, list):
+        factored: nn.Module = LowRankParts(in_features, out_features, ranks, bias)
+    else:
+        factored = LowRankLinear(in_features, out_features, ranks, bias)
+    setattr(parent, child, factored)
+    # GPT-2 initialises its blocks through `c_proj.weight`, which is gone; a block has no parameters
+    # of its own, so calling it initialised loses nothing.
+    parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+class LowRankLlamaConfig(_LowRankConfig, LlamaConfig):
+    model_type = "makd_llama"
+
+
+class LowRankLlamaForCausalLM(_LowRankCausalLM, LlamaForCausalLM):
+    config_class = LowRankLlamaConfig
+
+
+class LowRankQwen2Config(_LowRankConfig, Qwen2Config):
+    model_type = "makd_qwen2"
+
+
+class LowRankQwen2ForCausalLM(_LowRankCausalLM, Qwen2ForCausalLM):
+    config_class = LowRankQwen2Config
+
+
+class LowRankQwen3Config(_LowRankConfig, Qwen3Config):
+    model_type = "makd_qwen3"
+
+
+class LowRankQwen3ForCausalLM(_LowRankCausalLM, Qwen3ForCausalLM):
+    config_class = LowRankQwen3Config
+
+
+class LowRankMistralConfig(_LowRankConfig, MistralConfig):
+    model_type = "makd_mistral"
+
+
+class LowRankMistralForCausalLM(_LowRankCausalLM, MistralForCausalLM):
+    config_class = LowRankMistralConfig
+
+
+class LowRankGemmaConfig(_LowRankConfig, GemmaConfig):
+    model_type = "makd_gemma"
+
+
+class LowRankGemmaForCausalLM(_LowRankCausalLM, GemmaForCausalLM):
+    config_class = LowRankGemmaConfig
+
+
+class LowRankGemma3TextConfig(_LowRankConfig, Gemma3TextConfig):
+    model_type = "makd_gemma3_text"
+
+
+class LowRankGemma3ForCausalLM(_LowRankCausalLM, Gemma3ForCausalLM):
+    config_class = LowRankGemma3TextConfig
+
+
+class LowRankGPT2Config(_LowRankConfig, GPT2Config):
+    model_type = "makd_gpt2"
+
+
+class LowRankGPT2LMHeadModel(_LowRankCausalLM, GPT2LMHeadModel):
+    config_class = LowRankGPT2Config
+
+
+# model_type: (config, model) of the dense architecture, and (config, model) of its low-rank form
+Architecture = tuple[
+    type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedConfig], type[PreTrainedModel]
+]
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, LowRankLlamaConfig, LowRankLlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, LowRankQwen2Config, LowRankQwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, LowRankQwen3Config, LowRankQwen3ForCausalLM),
+    "mistral": (
+        MistralConfig,
+        MistralForCausalLM,
+        LowRankMistralConfig,
+        LowRankMistralForCausalLM,
+    ),
+    "gemma": (GemmaConfig, GemmaForCausalLM, LowRankGemmaConfig, LowRankGemmaForCausalLM),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        LowRankGemma3TextConfig,
+        LowRankGemma3ForCausalLM,
+    ),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, LowRankGPT2Config, LowRankGPT2LMHeadModel),
+}
+
+
+def _architecture_of(config: PreTrainedConfig) -> Architecture:
+    model_type = config.model_type.removeprefix("makd_")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type {config.model_type!r} has no low-rank form; "
+            f"these have one: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def is_lowrank(config: PreTrainedConfig) -> bool:
+    """Whether a config describes a low-rank model of ours."""
+    # By name, because a travelling copy's classes are others than the package's.
+    return config.model_type.startswith("makd_")
+
+
+def model_class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class of a config: ours for a low-rank config, transformers' for a plain one.
+
+    Raises:
+        ValueError: the architecture has no low-rank form.
+    """
+    _, dense_model, _, lowrank_model = _architecture_of(config)
+    return lowrank_model if is_lowrank(config) else dense_model
+
+
+def lowrank_config(base: PreTrainedConfig, lowrank: dict[str, Ranks]) -> PreTrainedConfig:
+    """The config of a low-rank model of the architecture of `base`.
+
+    Args:
+        base: config of the dense model (or of another low-rank one, whose ranks are replaced).
+        lowrank: full module name to rank, or to the list of ranks of a fused module's parts.
+
+    Raises:
+        ValueError: the architecture has no low-rank form.
+    """
+    _, _, config_class, model_class = _architecture_of(base)
+    module = __name__.rpartition(".")[2]
+    config = _converted(base, config_class, model_class)
+    config.lowrank = dict(lowrank)
+    config.auto_map = {
+        "AutoConfig": f"{module}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+    }
+    return config
+
+
+def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the dense model that a low-rank config was made from.
+
+    Raises:
+        ValueError: the architecture has no low-rank form.
+    """
+    config_class, model_class, _, _ = _architecture_of(config)
+    return _converted(config, config_class, model_class)
+
+
+def _converted(
+    config: PreTrainedConfig,
+    config_class: type[PreTrainedConfig],
+    model_class: type[PreTrainedModel],
+) -> PreTrainedConfig:
+    fields = config.to_dict()
+    for own in ("model_type", "architectures", "auto_map", "lowrank", "_name_or_path"):
+        fields.pop(own, None)
+    converted: PreTrainedConfig = config_class.from_dict(
+        fields, attn_implementation=config._attn_implementation
+    )
+    converted.architectures = [model_class.__name__]
+    return converted
+
+
+def register() -> None:
+    """Make AutoConfig and AutoModelForCausalLM know the low-rank models; may be called again."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for _, _, config_class, model_class in ARCHITECTURES.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+# transformers registers the class that it loads from a travelling copy by itself.
+if not __name__.startswith("transformers_modules."):
+    register()

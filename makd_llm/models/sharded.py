@@ -1,0 +1,81 @@
+"""A model folder loaded so that no rank ever holds the model whole.
+
+Under ZeRO-3 every parameter is partitioned as soon as its module is made, and then filled module by module: rank 0
+reads the module's tensors, the others receive them, each keeps its share. The largest thing a rank holds beside its
+shards is one module. Teacher, factorized student and trained student are all such folders and all come this way.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from makd_llm import distributed
+from makd_llm.checkpoint.folder import TensorReader, read_config
+from makd_llm.errors import UserError
+from makd_llm.models.capture import CAPTURING_SDPA
+from makd_llm.models.causal import CausalModel
+from makd_llm.models.families import family_of
+from makd_llm.models.modeling_lowrank import model_class_for
+
+
+def load_sharded(folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> CausalModel:
+    """Builds the model of a folder and fills it.
+
+    deepspeed_config: the JSON of the engine that will own the model; stage 3 in it partitions the parameters.
+    Collective: every rank calls it. Raises UserError for an unknown architecture or missing tensors.
+    """
+    config = read_config(folder)
+    family = family_of(config)
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    with ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        if stage == 3:
+            import deepspeed
+
+            stack.enter_context(
+                deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+            )
+        model = model_class_for(config)._from_config(
+            config, dtype=dtype, attn_implementation=CAPTURING_SDPA
+        )
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if stage != 3:
+        model.to(distributed.device())
+    _fill(model, folder, gathered=stage == 3)
+    return CausalModel(model, family)
+
+
+def _fill(model: PreTrainedModel, folder: Path, *, gathered: bool) -> None:
+    """Copies the folder's tensors into the model's parameters, one module at a time."""
+    reader = TensorReader(folder)
+    wanted = {name for name, _ in model.named_parameters()}
+    missing = sorted(name for name in wanted if name not in reader)
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]} is missing (and {len(missing) - 1} more); the files are "
+                        "not of this model's config.json")  # fmt: skip
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{n}": p for n, p in module.named_parameters(recurse=False)}
+        own = {name: p for name, p in own.items() if name in wanted}
+        if own:
+            _fill_module(reader, own, gathered=gathered)
+            reader.release()
+
+
+def _fill_module(reader: TensorReader, own: dict[str, nn.Parameter], *, gathered: bool) -> None:
+    if not gathered:
+        for name, parameter in own.items():
+            parameter.data.copy_(reader.get(name))
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(own.values()), modifier_rank=0):
+        if distributed.is_main():
+            for name, parameter in own.items():
+                parameter.data.copy_(reader.get(name))

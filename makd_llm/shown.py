@@ -1,0 +1,54 @@
+"""What an objective asks a model to show, and what the model showed: the vocabulary between models and objectives.
+
+Plain tensors in plain dataclasses, so that `models` (which captures) and `objectives` (which compares) need not
+know each other.
+"""
+# B batch, T tokens, H query heads, G key-value heads, D width (of a head where after H or G), M, K matrix out and in
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which points of a forward pass are asked for; layers count from 0. Empty: nothing is captured."""
+
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    matrix: frozenset[tuple[int, str]] = frozenset()
+    """(layer, role) pairs, role in q k v o gate up down."""
+    matrix_input: bool = False
+    """Also what goes into those matrices; of the student: its output for the teacher's input."""
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.hidden | other.hidden,
+            self.attention | other.attention,
+            self.matrix | other.matrix,
+            self.matrix_input or other.matrix_input,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionShown:
+    """Post-rotary queries and keys of one layer, as the attention function received them."""
+
+    query_BHTD: Tensor
+    key_BGTD: Tensor
+    scale: float | None
+    window: int | None
+    """Sliding window in tokens, where the layer has one."""
+
+
+@dataclass
+class Shown:
+    """What one forward pass showed."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Layer outputs (B, T, D)."""
+    attention: dict[int, AttentionShown] = field(default_factory=dict)
+    matrix: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Matrix outputs (B, T, M)."""
+    matrix_input: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Matrix inputs (B, T, K)."""
