@@ -1,0 +1,1 @@
+"""What a model's summaries are worth: ROUGE and perplexity, beside a baseline without a model."""

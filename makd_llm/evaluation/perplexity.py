@@ -1,0 +1,86 @@
+"""Perplexity: of the reference summaries given their documents, and of plain text by a sliding window.
+
+Both come from hidden states and the head's weight, a chunk of tokens at a time, on all ranks: every rank runs the
+same number of forwards, as sharded weights demand, and a rank that has run out repeats a batch that counts nothing.
+"""
+# N predicted tokens, V vocabulary, D width
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makd_kernels.linear_divergence import linear_cross_entropy_divergence
+from makd_llm import distributed
+from makd_llm.data.batch import Batch, collate
+from makd_llm.data.schema import Example
+
+Forward = Callable[[Batch, Callable[[Tensor, Tensor], Any]], Any]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nats: summed over the predicted tokens of all ranks. utf8_bytes: of the text they stand for, 0 if unknown."""
+
+    nats: float
+    tokens: int
+    utf8_bytes: int = 0
+
+    @property
+    def value(self) -> float:
+        """exp of the mean nats per token."""
+        return math.exp(self.nats / self.tokens) if self.tokens else float("nan")
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers; None where the bytes are unknown."""
+        return self.nats / math.log(2) / self.utf8_bytes if self.utf8_bytes else None
+
+
+def perplexity(
+    forward: Forward, examples: Sequence[Example], *, batch_size: int, pad_id: int, utf8_bytes: int = 0
+) -> Perplexity:
+    """Over the targets of all examples; every rank passes the same examples and works on its share. Collective.
+
+    Examples are sorted by length (the sum does not depend on it), so that little is padded.
+    """
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    share_of = batch_size * distributed.world_size()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(ordered), share_of):
+        group = ordered[start : start + share_of]
+        mine = group[distributed.rank() :: distributed.world_size()]
+        batch = collate(mine or group[:1], pad_id).to(distributed.device())
+        nats = forward(batch, lambda hidden, weight, batch=batch: _nats(hidden, weight, batch))
+        if mine:
+            sums += torch.tensor([float(nats), float(batch.n_targets)], dtype=torch.float64)
+    nats, tokens = distributed.sum_over_ranks(sums).tolist()
+    return Perplexity(nats, int(tokens), utf8_bytes)
+
+
+def text_windows(tokens: Sequence[int], *, window: int, stride: int) -> list[Example]:
+    """Plain text as overlapping windows; every token but the first is predicted exactly once.
+
+    Each window predicts its last `stride` tokens (the first window: all but its first), so a predicted token has
+    at least window - stride tokens of context. Raises ValueError where stride is not in [1, window).
+    """
+    if not 1 <= stride < window:
+        raise ValueError(f"stride is {stride}, expected at least 1 and less than the window ({window})")
+    examples = []
+    predicted = 1  # the first token has no context
+    while predicted < len(tokens):
+        end = min(window if predicted == 1 else predicted + stride, len(tokens))
+        start = max(0, end - window)
+        examples.append(Example(f"window@{start}", list(tokens[start:end]), predicted - start))
+        predicted = end
+    return examples
+
+
+def _nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> Tensor:
+    hidden_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
+    labels_N = batch.labels_BT.flatten()[batch.targets_N]
+    cross_entropy_N, _ = linear_cross_entropy_divergence(hidden_ND, weight_VD, labels_N)
+    return cross_entropy_N.double().sum()

@@ -1,0 +1,1 @@
+"""Building the student: statistics of the teacher's inputs, decompositions, ranks."""

@@ -1,0 +1,41 @@
+"""Layer level: divergence of the attention distributions, mean over the student's heads.
+
+L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary queries and keys (methods.md section
+1; the attention maps themselves never exist, see makd_kernels.attention_kl).
+"""
+# B batch, T tokens, H query heads
+
+from torch import Tensor
+
+from makd_kernels.attention_kl import attention_kl
+from makd_llm.shown import AttentionShown
+
+
+def attention_divergence(
+    student: AttentionShown,
+    teacher: AttentionShown,
+    attention_mask_BT: Tensor | None,
+    *,
+    divergence: str = "forward_kl",
+    impl: str = "auto",
+) -> Tensor:
+    """Divergence in nats per query, mean over heads. Returns (B, T) fp32, 0 where the query is padding.
+
+    Raises ValueError where teacher and student see windows of different length (their distributions would be over
+    different keys).
+    """
+    if student.window != teacher.window:
+        raise ValueError(f"attention windows differ: student {student.window}, teacher {teacher.window}")
+    divergence_BHT = attention_kl(
+        teacher.query_BHTD,
+        teacher.key_BGTD,
+        student.query_BHTD,
+        student.key_BGTD,
+        scale_teacher=teacher.scale,
+        scale_student=student.scale,
+        window=student.window,
+        attention_mask_BT=attention_mask_BT,
+        divergence=divergence,
+        impl=impl,
+    )
+    return divergence_BHT.mean(dim=1)

@@ -1,0 +1,1 @@
+"""Training: the two engines, the step, the loop."""

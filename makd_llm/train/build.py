@@ -1,0 +1,148 @@
+"""From the run's config to objects: the only place where `train` reads the config."""
+
+from transformers import PreTrainedTokenizerBase
+
+from makd_llm import distributed
+from makd_llm.config import DataConfig, DistilConfig, Layers
+from makd_llm.data.loader import TrainLoader
+from makd_llm.data.prompt import PromptBuilder
+from makd_llm.data.records import RecordList, RecordStream, load_records
+from makd_llm.data.schema import Columns
+from makd_llm.errors import UserError
+from makd_llm.models.families import Family
+from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_term
+from makd_llm.train.levels import LevelBalance
+
+
+def build_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> PromptBuilder:
+    """The prompt builder of a run, for its tokenizer."""
+    prompt = data.prompt
+    return PromptBuilder(
+        tokenizer,
+        template=prompt.template,
+        user_template=prompt.user_template,
+        instruction=prompt.instruction,
+        chat=prompt.chat,
+        system=prompt.system,
+        max_length=max_length or data.max_length,
+        bos=prompt.bos,
+    )
+
+
+def build_records(
+    data: DataConfig, *, validation: bool = False, limit: int | None = None
+) -> RecordList | RecordStream:
+    """Training records (as a stream where asked for), or the validation split (always a list)."""
+    source = data.validation_source if validation and data.validation_source else data.source
+    return load_records(
+        source,
+        data.validation_split if validation else data.train_split,
+        Columns(data.columns.id, data.columns.document, data.columns.summary),
+        on_bad_record=data.on_bad_record,
+        streaming=data.streaming and not validation,
+        limit=limit if validation else data.limit,
+    )
+
+
+def build_loader(
+    data: DataConfig, prompts: PromptBuilder, *, batch_size: int, micro_batch_size: int, seed: int, pad_id: int
+) -> TrainLoader:
+    """This rank's micro-batches of the training split."""
+    return TrainLoader(
+        build_records(data),
+        prompts,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=seed,
+        pad_id=pad_id,
+        padding_side=data.padding_side,
+        shuffle_buffer=data.shuffle_buffer,
+        on_bad_record=data.on_bad_record,
+    )
+
+
+def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Objectives:
+    """The objectives of a distillation, for a family and a depth. Raises UserError where nothing is to be learnt."""
+    asked = distil.objectives
+    split = round(distil.split * n_layers)
+    terms: dict[str, Term] = {}
+    if asked.matrix.weight > 0:
+        layers = _layers(asked.matrix.layers, split, n_layers, "matrix")
+        known = {matrix.role for matrix in family.matrices}
+        roles = [role for role in asked.matrix.roles if role in known]
+        if layers and roles:
+            terms["matrix"] = matrix_term(
+                layers,
+                roles,
+                weight=asked.matrix.weight,
+                normalize=asked.matrix.normalize,
+                teacher_input=asked.matrix.input == "teacher",
+            )
+    if asked.attention.weight > 0 and (layers := _layers(asked.attention.layers, split, n_layers, "attention")):
+        terms["attention"] = attention_term(
+            layers, weight=asked.attention.weight, divergence=asked.attention.divergence, impl=distil.kernels
+        )
+    if asked.hidden.weight > 0 and (layers := _layers(asked.hidden.layers, split, n_layers, "hidden")):
+        terms["hidden"] = hidden_term(layers, weight=asked.hidden.weight, normalize=asked.hidden.normalize)
+    logits = asked.logits
+    model_level = ModelLevel(
+        cross_entropy=asked.cross_entropy.weight,
+        logits=logits.weight,
+        divergence=logits.divergence,
+        beta=logits.beta,
+        temperature=logits.temperature,
+        impl=distil.kernels,
+    )
+    objectives = Objectives(model_level, terms)
+    if not objectives.levels:
+        raise UserError("distil.objectives: every weight is 0; give at least one objective a weight")
+    if distil.schedule.kind == "staged":
+        _check_schedule(distil, objectives)
+    return objectives
+
+
+def build_balance(distil: DistilConfig) -> LevelBalance | None:
+    """The balance of the levels, or None where the weights are fixed."""
+    if distil.weights == "fixed":
+        return None
+    balance = distil.balance
+    shares = {"matrix": balance.matrix, "layer": balance.layer, "model": balance.model}
+    return LevelBalance(shares, balance.every)
+
+
+def staged_shares(distil: DistilConfig) -> dict[str, float] | None:
+    """The levels' shares of the steps, or None where all are learnt at once."""
+    schedule = distil.schedule
+    if schedule.kind == "joint":
+        return None
+    return {"matrix": schedule.matrix, "layer": schedule.layer, "model": schedule.model}
+
+
+def _check_schedule(distil: DistilConfig, objectives: Objectives) -> None:
+    for level, share in (staged_shares(distil) or {}).items():
+        if share > 0 and level not in objectives.levels:
+            raise UserError(
+                f"distil.schedule.{level} is {share} but no objective of that level is on; set it to 0, or give "
+                "one a weight"
+            )
+
+
+def _layers(asked: Layers, split: int, n_layers: int, name: str) -> list[int]:
+    if asked == "all":
+        return list(range(n_layers))
+    if asked == "shallow":
+        return list(range(split))
+    if asked == "deep":
+        return list(range(split, n_layers))
+    wrong = [index for index in asked if not 0 <= int(index) < n_layers]
+    if wrong:
+        raise UserError(
+            f"distil.objectives.{name}.layers: there is no layer {wrong[0]}; the student has layers 0 to "
+            f"{n_layers - 1}"
+        )
+    return [int(index) for index in asked]

@@ -1,0 +1,127 @@
+"""The two DeepSpeed engines: the student's trains, the teacher's only runs forward.
+
+Both wrap a CausalModel and offer the same three things: a forward, a scoped capture, and the output weight gathered
+for the time of a `with`. The teacher is frozen, in eval mode, and its forward runs without autograd; nothing can give
+it a gradient.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from makd_llm import distributed
+from makd_llm.data.batch import Batch
+from makd_llm.models.capture import capture
+from makd_llm.models.causal import AtHead, CausalModel
+from makd_llm.shown import Needs, Shown
+
+
+class Frozen:
+    """A model that is only read: the teacher, and any model under evaluation."""
+
+    def __init__(self, model: CausalModel, deepspeed_config: dict[str, Any]) -> None:
+        model.requires_grad_(False)
+        model.eval()
+        self.model = model
+        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        self._engine.eval()
+        self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3 and distributed.world_size() > 1
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, at_head: AtHead | None = None) -> Any:
+        """Last hidden states (B, T, D), or what `at_head` returns."""
+        return self._engine(batch, at_head)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, **arguments: Any) -> Tensor:
+        """Generated ids (B, T + new) for left-padded prompts; arguments of transformers' `generate`."""
+        # Under ZeRO-3 every rank must run every forward, also one whose texts have all ended.
+        result: Tensor = self._engine(batch, None, {**arguments, "synced_gpus": self._sharded})
+        return result
+
+    def capture(self, needs: Needs) -> AbstractContextManager[Shown]:
+        """What the next forward shows."""
+        return capture(self.model.model, self.model.family, needs)
+
+    @contextmanager
+    def output_weight(self) -> Iterator[Tensor]:
+        """The head's weight (V, D), whole inside the `with`."""
+        with deepspeed.zero.GatheredParameters([self.model.head.weight]):
+            yield self.model.head.weight.detach()
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._engine.destroy()
+        del self._engine, self.model
+        gc.collect()
+
+
+class Trained:
+    """A model that learns: the student, or the teacher while it is tuned."""
+
+    def __init__(
+        self, model: CausalModel, deepspeed_config: dict[str, Any], *, gradient_checkpointing: bool = False
+    ) -> None:
+        if gradient_checkpointing:
+            # Reentrant checkpointing would cut captured tensors off from autograd.
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        self.model = model
+        self.engine, *_ = deepspeed.initialize(
+            model=model, config=deepspeed_config, model_parameters=list(model.parameters())
+        )
+        self.accumulation_steps: int = self.engine.gradient_accumulation_steps()
+        self.data_parallel_size: int = self.engine.dp_world_size
+        self.engine.train()
+
+    def __call__(self, batch: Batch, at_head: AtHead) -> Any:
+        """What `at_head` returns, called where the output weight is whole."""
+        return self.engine(batch, at_head)
+
+    def capture(
+        self, needs: Needs, replay: dict[tuple[int, str], Tensor] | None = None
+    ) -> AbstractContextManager[Shown]:
+        """What the next forward shows; see models.capture."""
+        return capture(self.model.model, self.model.family, needs, replay)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through DeepSpeed, which divides by accumulation steps and averages over ranks."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """Counts a micro-batch; at the accumulation boundary, one optimizer step."""
+        self.engine.step()
+
+    @property
+    def step_applied(self) -> bool:
+        """False where the last boundary was skipped because the gradient was not finite."""
+        return bool(self.engine.was_step_applied())
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group."""
+        return float(self.engine.get_lr()[0])
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm at the last boundary, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.engine.destroy()
+        del self.engine, self.model
+        gc.collect()
+
+
+def whole_tensors(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters under their Hugging Face names, one at a time, whole, on the CPU. Collective."""
+    for name, parameter in model.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach().to("cpu", copy=True)

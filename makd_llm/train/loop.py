@@ -1,0 +1,195 @@
+"""The training loop: steps, metrics, checkpoints, and every way a run can end.
+
+One optimizer step is: this rank's micro-batches; the counts of valid positions summed over all ranks, once; a
+backward per micro-batch; DeepSpeed's step. The loop knows nothing of what is learnt: `step_fn` does.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from makd_llm import distributed
+from makd_llm.checkpoint.state import Checkpoints
+from makd_llm.data.batch import Batch
+from makd_llm.data.loader import TrainLoader
+from makd_llm.errors import Diverged, Interrupted
+from makd_llm.objectives.combine import UNITS, Losses, Objectives
+from makd_llm.train.engine import Trained
+from makd_llm.train.levels import LevelBalance, staged_level
+from makd_llm.train.metrics import Metrics
+
+StepFn = Callable[[Batch, dict[str, float]], Losses]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop does besides stepping; see TrainConfig."""
+
+    stage: str
+    steps: int
+    checkpoint_every: int
+    log_every: int = 1
+    max_bad_steps: int = 10
+    staged: dict[str, float] | None = None
+    """Shares of the steps, where the levels take turns."""
+
+
+class Loop:
+    """One training stage, from its newest checkpoint to its last step."""
+
+    def __init__(
+        self,
+        model: Trained,
+        objectives: Objectives,
+        loader: TrainLoader,
+        checkpoints: Checkpoints,
+        settings: LoopSettings,
+        run_dir: Path,
+        balance: LevelBalance | None = None,
+    ) -> None:
+        self.model, self.objectives, self.loader = model, objectives, loader
+        self.checkpoints, self.settings, self.run_dir = checkpoints, settings, run_dir
+        self.balance = balance
+        self.step = 0
+        self.bad_in_a_row = 0
+        self.skipped = 0
+        self._resume()
+
+    def run(self, step_fn: StepFn) -> None:
+        """Trains to the last step. Raises Interrupted after a signal (saved), Diverged after too many bad steps."""
+        settings = self.settings
+        saved = self.step
+        with Metrics(self.run_dir, settings.stage, steps=settings.steps, start=self.step) as metrics, _signals() as stop:
+            if self.step:
+                metrics.note(f"{settings.stage}: resumed at step {self.step} of {settings.steps}")
+            while self.step < settings.steps:
+                asked_to_stop = self._one_step(step_fn, metrics, stop)
+                at_end = self.step == settings.steps
+                if asked_to_stop or at_end or self.step % settings.checkpoint_every == 0:
+                    self.save()
+                    saved = self.step
+                if asked_to_stop and not at_end:
+                    raise Interrupted(f"{settings.stage}: stopped at step {saved} of {settings.steps}, state saved; "
+                                      "the same command goes on from here")  # fmt: skip
+
+    def save(self) -> None:
+        """Writes a checkpoint of this moment. Collective."""
+        self.checkpoints.save(self.model.engine, self.step, {
+            "step": self.step, "loader": self.loader.state_dict(), "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "multiplier": self.balance.multiplier if self.balance else {},
+        })  # fmt: skip
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load(self.model.engine)
+        if state is None:
+            return
+        self.step, self.skipped, self.bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
+        self.loader.load_state_dict(state["loader"])
+        if self.balance:
+            self.balance.multiplier = state["multiplier"]
+
+    def _one_step(self, step_fn: StepFn, metrics: Metrics, stop: list[int]) -> bool:
+        """One optimizer step over all ranks; returns whether any rank was asked to stop."""
+        began = time.monotonic()
+        self.step += 1
+        self._set_multipliers()
+        batches = self.loader.next_step()
+        counts = torch.tensor(
+            [sum(int(b.n_targets) for b in batches), sum(int(b.n_tokens) for b in batches), len(stop)],
+            dtype=torch.float64,
+        )
+        targets, tokens, stopping = distributed.sum_over_ranks(counts).tolist()
+        denominators = {"targets": max(targets, 1.0), "tokens": max(tokens, 1.0)}
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            for name, value in step_fn(batch.to(distributed.device()), denominators).sums.items():
+                sums[name] = sums[name] + value if name in sums else value
+            self.model.step()
+        self._watch(batches, metrics)
+        balancing = self.balance is not None and self.balance.due(self.step)
+        if balancing or self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
+            means = _means(sums, denominators)
+            if balancing:
+                self._measure_levels(means)
+            seconds = time.monotonic() - began
+            metrics.write(self.step, {
+                "loss": sum(self._weight(n) * v for n, v in means.items()),
+                **{f"loss/{name}": value for name, value in means.items()},
+                "gradient_norm": self.model.gradient_norm, "learning_rate": self.model.learning_rate,
+                "tokens": int(tokens), "tokens_per_second": tokens / seconds, "seconds": seconds,
+                "epoch": self.loader.epoch, "skipped_steps": self.skipped,
+            })  # fmt: skip
+        return stopping > 0
+
+    def _set_multipliers(self) -> None:
+        multiplier = dict.fromkeys(self.objectives.multiplier, 1.0)
+        if self.balance:
+            multiplier.update(self.balance.multiplier)
+        if self.settings.staged:
+            turn = staged_level(self.step, self.settings.steps, self.settings.staged)
+            multiplier = {level: m if level == turn else 0.0 for level, m in multiplier.items()}
+        self.objectives.multiplier = multiplier
+
+    def _measure_levels(self, means: dict[str, float]) -> None:
+        assert self.balance is not None
+        losses: dict[str, float] = {}
+        for name, value in means.items():
+            level = self.objectives.level_of(name)
+            losses[level] = losses.get(level, 0.0) + self.objectives.weight_of(name) * value
+        self.balance.measure(losses)
+
+    def _weight(self, name: str) -> float:
+        return self.objectives.weight_of(name) * self.objectives.multiplier[self.objectives.level_of(name)]
+
+    def _watch(self, batches: list[Batch], metrics: Metrics) -> None:
+        """Counts steps that DeepSpeed skipped because the gradient was not finite; gives up after too many."""
+        if self.model.step_applied:
+            self.bad_in_a_row = 0
+            return
+        self.skipped += 1
+        self.bad_in_a_row += 1
+        shares = distributed.gather_objects([i for b in batches for i in b.record_ids])
+        ids = [i for share in shares for i in share]
+        path = self.run_dir / "bad_steps.jsonl"
+        distributed.on_main(_append, path, {"stage": self.settings.stage, "step": self.step, "record_ids": ids})
+        metrics.note(f"{self.settings.stage}: step {self.step} skipped, its gradient is not finite; records in {path}")
+        if self.bad_in_a_row >= self.settings.max_bad_steps:
+            raise Diverged(
+                f"{self.settings.stage}: {self.bad_in_a_row} steps in a row without a finite gradient, last step "
+                f"{self.step}; their records are in {path}; lower the learning rate, or look at those records"
+            )
+
+
+def _means(sums: dict[str, torch.Tensor], denominators: dict[str, float]) -> dict[str, float]:
+    """Each objective's mean over all ranks; one collective, one device-to-host copy."""
+    names = list(sums)
+    stacked = distributed.sum_over_ranks(torch.stack([sums[n].double() for n in names]))
+    units = [UNITS.get(name, "tokens") for name in names]
+    values: list[float] = stacked.tolist()
+    return {n: v / denominators[u] for n, v, u in zip(names, values, units, strict=True)}
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(entry), file=file)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a list, so that it can be looked at."""
+    received: list[int] = []
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds}
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,40 @@
+"""One micro-batch: teacher forward, student forward, objectives, the only backward of training."""
+
+import torch
+
+from makd_llm.data.batch import Batch
+from makd_llm.objectives.combine import Losses, Objectives
+from makd_llm.shown import Shown
+from makd_llm.train.engine import Frozen, Trained
+
+
+def distill_step(
+    student: Trained,
+    teacher: Frozen,
+    objectives: Objectives,
+    batch: Batch,
+    denominators: dict[str, float],
+) -> Losses:
+    """Adds one micro-batch's gradient. denominators: valid positions of the whole optimizer step, per unit."""
+    with torch.no_grad(), teacher.capture(objectives.needs_of_teacher) as shown_by_teacher:
+        teacher_hidden_BTD = teacher(batch)
+    replay = shown_by_teacher.matrix_input if objectives.replays_teacher_input else None
+    with (
+        student.capture(objectives.needs_of_student, replay) as shown_by_student,
+        teacher.output_weight() as teacher_weight_VD,
+    ):
+        at_head = objectives.at_head(batch, denominators, teacher_hidden_BTD, teacher_weight_VD)
+        model_level = student(batch, at_head)
+    losses = objectives(model_level, shown_by_student, shown_by_teacher, batch, denominators)
+    student.backward(losses.total * (student.data_parallel_size * student.accumulation_steps))
+    return losses.detached()
+
+
+def finetune_step(
+    model: Trained, objectives: Objectives, batch: Batch, denominators: dict[str, float]
+) -> Losses:
+    """The same without a teacher: for tuning the teacher itself, and for objectives that need none."""
+    model_level = model(batch, objectives.at_head(batch, denominators))
+    losses = objectives(model_level, Shown(), Shown(), batch, denominators)
+    model.backward(losses.total * (model.data_parallel_size * model.accumulation_steps))
+    return losses.detached()
