@@ -1,0 +1,141 @@
+"""The command line: `makd …`, and `train.py` for the deepspeed launcher.
+
+Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback. Other exit codes:
+75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from makd_llm.errors import RunEnded
+
+# typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
+UsageError: Any = typer.BadParameter.__bases__[0]
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distils a large language model into a small low-rank student.",
+    no_args_is_help=True,
+)
+
+Ds = Annotated[Path, typer.Option("--ds", help="DeepSpeed's JSON, for example ds_configs/zero3.json.")]
+Config = Annotated[Path | None, typer.Option("--config", help="The run's YAML; without it, the demo.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)]
+LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str) -> None:
+    from makd_llm.config import load_config
+
+    checked = load_config(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None), overrides or [])
+    from makd_llm import distributed
+    from makd_llm.pipeline import Run
+
+    distributed.quiet()
+    distributed.init()
+    try:
+        Run(checked, ds).execute(until)
+    finally:
+        distributed.shutdown()
+
+
+@app.command()
+def train(
+    ds: Ds,
+    config: Config = None,
+    overrides: Overrides = None,
+    local_rank: LocalRank = 0,
+    debug: Debug = False,
+) -> None:
+    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are skipped."""
+    _run(ds, config, overrides, "evaluate")
+
+
+@app.command()
+def sft(ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Tunes the teacher on the task, and stops there."""
+    _run(ds, config, overrides, "sft")
+
+
+@app.command()
+def factorize(ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Cuts the student from the teacher, and stops there."""
+    _run(ds, config, overrides, "factorize")
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Shows the table of a finished run."""
+    from makd_llm.errors import UserError
+    from makd_llm.report.table import evaluation_table, show
+
+    path = run_dir / "evaluation.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run `makd train` with run_dir={run_dir} to the end first")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        show(evaluation_table(found))
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="A factored student's folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Dense weights in the teacher's architecture.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Writes a student as a dense model that stock transformers loads (`--merge`), or copies it factored."""
+    from makd_llm.checkpoint import export as exporting
+
+    if merge:
+        exporting.merge(student, out)
+    else:
+        exporting.copy_lowrank(student, out)
+    print(f"written: {out}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; every expected end of a run becomes one line and its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    debug = "--debug" in arguments
+    try:
+        command.main(arguments, prog_name="makd", standalone_mode=False)
+    except RunEnded as ended:
+        if debug:
+            raise
+        _end(str(ended), ended.exit_code)
+    except UsageError as wrong:
+        _end(f"{wrong.format_message()} (makd --help shows what there is)", 2)
+    except typer.Abort:
+        _end("interrupted; run the same command again to go on", 75)
+
+
+def _end(message: str, code: int) -> None:
+    """One line from one rank. The launcher ends the others as soon as one exits; rank 0 speaks first."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(5)
+    print(f"makd: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code) if "RANK" in os.environ else sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

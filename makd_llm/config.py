@@ -1,0 +1,353 @@
+"""A run, described by frozen pydantic models.
+
+One YAML file (`--config`) and any number of `key.path=value` overrides become one `RunConfig`; OmegaConf merges
+them, pydantic checks them. Unknown keys are refused by path, with the nearest known key. What DeepSpeed's own JSON
+(`--ds`) rules is not here: ds_configs/README.md says which side owns which key, `train/engine.py` joins the two.
+
+Only the pipeline, the command line and `build_*` functions read this; classes below them take plain arguments.
+"""
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from makd_llm.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Layers = Literal["shallow", "deep", "all"] | tuple[int, ...]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and strict about the names of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ColumnsConfig(Section):
+    """Which columns of the data hold what; `id: null` numbers the records."""
+
+    id: str | None = "id"
+    document: str = "document"
+    summary: str = "summary"
+
+
+class PromptConfig(Section):
+    """How a record becomes a prompt. Templates may name any column of the record."""
+
+    chat: bool | None = None
+    """True: the tokenizer's chat template; False: `template`; null: chat where the tokenizer has it."""
+    system: str | None = None
+    instruction: str = "Summarize the following text."
+    user_template: str = "{instruction}\n\n{document}"
+    template: str = "{document}\n\nSummary:"
+    bos: Literal["auto", "always", "never"] = "auto"
+
+
+class DataConfig(Section):
+    """Records for training and validation, and how they are cut to the window."""
+
+    source: str = "builtin:aclsum"
+    """`builtin:NAME`, a .jsonl/.csv/.parquet file, a folder of such files, or a Hub id."""
+    validation_source: str | None = None
+    """Where the validation split lies, if not in `source`."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    columns: ColumnsConfig = ColumnsConfig()
+    prompt: PromptConfig = PromptConfig()
+    max_length: Positive = 1024
+    padding_side: Literal["left", "right"] = "right"
+    on_bad_record: Literal["error", "skip"] = "error"
+    streaming: bool = False
+    shuffle_buffer: Positive = 1024
+    limit: Positive | None = None
+
+
+class TeacherConfig(Section):
+    """The model that teaches: `builtin:NAME`, a Hub id, a local folder, or a .gguf file."""
+
+    model: str = "builtin:smollm2-135m-instruct"
+
+
+class TrainConfig(Section):
+    """One training stage. Fills the "auto" entries of the DeepSpeed JSON; null leaves a key to the JSON."""
+
+    steps: Positive = 100
+    batch_size: Positive | None = 8
+    """Records per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: Positive | None = None
+    """Records per rank and forward; null: as many as the batch has for each rank."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = 1.5e-4
+    weight_decay: NotNegative | None = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """null: a tenth of `steps`."""
+    gradient_clipping: NotNegative | None = 1.0
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 1
+    max_bad_steps: Positive = 10
+    """Stop after so many steps in a row whose loss or gradient was not finite."""
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up steps, at least 1 (DeepSpeed's schedule divides by it)."""
+        asked = self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+        return max(1, asked)
+
+
+class SftConfig(Section):
+    """Optional tuning of the teacher on the task before it teaches."""
+
+    enabled: bool = False
+    train: TrainConfig = TrainConfig(learning_rate=1e-4)
+
+
+class StudentConfig(Section):
+    """How the student is cut from the teacher (methods.md section 5)."""
+
+    method: Literal["svd", "whitened"] = "whitened"
+    keep_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Parameters kept in the factorized matrices."""
+    calibration_records: Positive = 256
+    calibration_batch: Positive = 8
+
+
+class ObjectiveConfig(Section):
+    """What every objective has: its weight; 0 switches it off and nothing is captured for it."""
+
+    weight: NotNegative = 1.0
+
+
+class CrossEntropyConfig(ObjectiveConfig):
+    """Model level: cross-entropy on the reference summaries."""
+
+
+class LogitsConfig(ObjectiveConfig):
+    """Model level: divergence of next-token distributions, times temperature squared."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Fraction = 0.5
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class MatrixConfig(ObjectiveConfig):
+    """Matrix level: outputs of q k v o (L_MHA) and gate up down (L_FNN)."""
+
+    layers: Layers = "shallow"
+    roles: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
+    input: Literal["student", "teacher"] = "student"
+    normalize: Literal["relative", "mean"] = "relative"
+
+
+class AttentionConfig(ObjectiveConfig):
+    """Layer level: divergence of attention distributions, mean over heads."""
+
+    layers: Layers = "deep"
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+
+
+class HiddenConfig(ObjectiveConfig):
+    """Layer level: squared error of the layers' hidden states."""
+
+    layers: Layers = "deep"
+    normalize: Literal["relative", "mean"] = "relative"
+
+
+class ObjectivesConfig(Section):
+    """The losses of a run, by name."""
+
+    cross_entropy: CrossEntropyConfig = CrossEntropyConfig(weight=0.3)
+    logits: LogitsConfig = LogitsConfig()
+    matrix: MatrixConfig = MatrixConfig()
+    attention: AttentionConfig = AttentionConfig()
+    hidden: HiddenConfig = HiddenConfig()
+
+
+class BalanceConfig(Section):
+    """`balanced` keeps each level's share of the loss at these ratios, measured every n steps."""
+
+    every: Positive = 10
+    matrix: NotNegative = 1.0
+    layer: NotNegative = 1.0
+    model: NotNegative = 1.0
+
+
+class ScheduleConfig(Section):
+    """`joint`: all levels at once. `staged`: matrix, then layer, then model, with these shares of the steps."""
+
+    kind: Literal["joint", "staged"] = "joint"
+    matrix: NotNegative = 0.25
+    layer: NotNegative = 0.25
+    model: NotNegative = 0.5
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> "ScheduleConfig":
+        if self.kind == "staged" and self.matrix + self.layer + self.model <= 0:
+            raise ValueError("the shares of matrix, layer and model are all 0: give at least one")
+        return self
+
+
+class DistilConfig(Section):
+    """The distillation stage. `preset` sets weights; single objectives may still be changed after it."""
+
+    preset: Literal["makd", "kd", "finetune"] = "makd"
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    split: Fraction = 0.5
+    """Layers below split x depth are shallow, the rest deep (the hierarchy)."""
+    weights: Literal["fixed", "balanced"] = "fixed"
+    balance: BalanceConfig = BalanceConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    kernels: Literal["auto", "reference", "torch"] = "auto"
+    train: TrainConfig = TrainConfig()
+
+
+class EvaluationConfig(Section):
+    """What is measured at the end, on the validation split."""
+
+    records: Positive | None = 500
+    """For perplexity; null: all."""
+    generate_records: Positive | None = 500
+    """For ROUGE; null: all."""
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 96
+    lead_k: Positive = 3
+    text: Path | None = None
+    """A plain text file for perplexity by sliding window."""
+    text_window: Positive = 1024
+    text_stride: Positive = 512
+
+
+class RunConfig(Section):
+    """Everything about one run but what the DeepSpeed JSON rules."""
+
+    run_dir: Path = Path("runs/demo")
+    seed: int = 0
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    student: StudentConfig = StudentConfig()
+    distil: DistilConfig = DistilConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    merge: bool = False
+    """Also export dense weights in the teacher's own architecture (student-merged/)."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # methods.md section 1: all three levels; section 4: the two controls every claim needs.
+    "makd": {},
+    "kd": {"matrix": {"weight": 0.0}, "attention": {"weight": 0.0}, "hidden": {"weight": 0.0}},
+    "finetune": {
+        "cross_entropy": {"weight": 1.0},
+        "logits": {"weight": 0.0},
+        "matrix": {"weight": 0.0},
+        "attention": {"weight": 0.0},
+        "hidden": {"weight": 0.0},
+    },
+}
+
+
+def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
+    """Reads a YAML file (or none: all defaults), applies `key.path=value` overrides, and checks the result.
+
+    Raises UserError: missing or malformed file, unknown key, wrong type, value out of range.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(
+                f"{override!r}: not of the form key.path=value; example: distil.train.steps=50"
+            )
+    where = str(path) if path else "defaults"
+    try:
+        from_file = OmegaConf.load(path) if path else OmegaConf.create({})
+        given = OmegaConf.merge(from_file, OmegaConf.from_dotlist(overrides))
+        plain = OmegaConf.to_container(given, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; configs/ holds examples") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a config file; name a .yaml file in it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        first_line = " ".join(str(error).split())
+        raise UserError(f"{where}: not readable as a config: {first_line}") from None
+    if not isinstance(plain, dict):
+        raise UserError(
+            f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
+        )
+    try:
+        return RunConfig.model_validate(with_preset(plain))
+    except ValidationError as error:
+        raise UserError(_first_line(error, where, overrides)) from None
+
+
+def with_preset(plain: dict[str, Any]) -> dict[str, Any]:
+    """Puts the preset's objective settings below what was given, so that single keys still win."""
+    distil = plain.get("distil")
+    preset = PRESETS.get(distil.get("preset", "makd")) if isinstance(distil, dict) else None
+    given = distil.get("objectives", {}) if isinstance(distil, dict) else None
+    if not preset or not isinstance(given, dict):
+        return plain
+    merged = OmegaConf.to_container(OmegaConf.merge(preset, given))
+    return {**plain, "distil": {**distil, "objectives": merged}}
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, as a run folder keeps it."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _first_line(error: ValidationError, where: str, overrides: list[str]) -> str:
+    """One line for the first problem: path, what is wrong, what to do."""
+    problem = error.errors()[0]
+    location = [part for part in problem["loc"] if not _is_union_tag(part)]
+    path = ".".join(str(part) for part in location)
+    if any(override.partition("=")[0].startswith(path) for override in overrides):
+        where = "command line"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys([str(part) for part in location[:-1]])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(known)
+        return f"{where}: unknown key {path}; {advice}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {path}: {message[0].lower() + message[1:]}, found {problem['input']!r}{more}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Pydantic names the branch of a union in the path; a person never wrote that."""
+    return isinstance(part, str) and ("[" in part or "(" in part)
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for name in path:
+        field = section.model_fields.get(name)
+        found = _section_type(field.annotation) if field else None
+        if found is None:
+            return []
+        section = found
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return next((s for a in get_args(annotation) if (s := _section_type(a))), None)
+    return None

@@ -1,0 +1,355 @@
+"""A run from teacher to table: sft -> factorize -> distil -> export -> evaluate.
+
+Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped while that result
+stands under the same config. Every function here is collective: all ranks call it.
+"""
+
+import gc
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from makd_llm import distributed
+from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge
+from makd_llm.checkpoint.export import write_lowrank as write_model
+from makd_llm.checkpoint.folder import read_config
+from makd_llm.checkpoint.state import Checkpoints
+from makd_llm.config import RunConfig, TrainConfig, dump_config
+from makd_llm.data.batch import collate
+from makd_llm.data.records import RecordList
+from makd_llm.data.schema import BadRecord, Example
+from makd_llm.errors import UserError
+from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
+from makd_llm.factorize.parallel import MatrixReport, factorize
+from makd_llm.factorize.statistics import covariances
+from makd_llm.models.families import family_of
+from makd_llm.models.sharded import load_sharded
+from makd_llm.models.source import load_tokenizer, resolve_model
+from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.report.table import evaluation_table, factorization_table, show
+from makd_llm.stages import Key, Stages, digest
+from makd_llm.train.build import (
+    build_balance,
+    build_loader,
+    build_objectives,
+    build_prompts,
+    build_records,
+    staged_shares,
+)
+from makd_llm.train.deepspeed_config import dtype_of, frozen_config, read_deepspeed_config, training_config
+from makd_llm.train.engine import Frozen, Trained, whole_tensors
+from makd_llm.train.loop import Loop, LoopSettings
+from makd_llm.train.step import distill_step, finetune_step
+
+STAGES = ("sft", "factorize", "distil", "evaluate")
+
+
+class Run:
+    """One run: its config, its DeepSpeed JSON, its folder."""
+
+    def __init__(self, config: RunConfig, ds_path: Path) -> None:
+        self.config = config
+        self.ds_path = ds_path
+        self.deepspeed = read_deepspeed_config(ds_path)
+        self.dtype = dtype_of(self.deepspeed)
+        self.dir = config.run_dir
+        self.stages = Stages(self.dir)
+        self._check_batches()
+        distributed.on_main(self._open_folder)
+
+    @staticmethod
+    def tell(text: str) -> None:
+        """A sentence on standard output, from rank 0."""
+        if distributed.is_main():
+            print(text, flush=True)
+
+    def execute(self, until: str = STAGES[-1]) -> None:
+        """Runs the stages in order, up to and with `until`."""
+        wanted = STAGES[: STAGES.index(until) + 1]
+        lock = distributed.on_main(_lock, self.dir)
+        try:
+            self._execute(wanted)
+        finally:
+            if distributed.is_main() and lock:
+                _LOCKS.pop(lock).release()
+
+    def _execute(self, wanted: tuple[str, ...]) -> None:
+        given = resolve_model(self.config.teacher.model)
+        family_of(read_config(given))
+        after = digest({"teacher": str(given), "data": self.config.data.model_dump(), "seed": self.config.seed})
+        teacher = given
+        if self.config.sft.enabled:
+            teacher = self.dir / "teacher"
+            key = self._key("sft", after)
+            self._stage("sft", key, teacher, partial(self._sft, given, teacher))
+            after = digest(key)
+        if "factorize" not in wanted:
+            return
+        factorized = self.dir / "factorized"
+        key = {"student": self.config.student.model_dump(), "after": after}
+        self._stage("factorize", key, factorized, partial(self._factorize, teacher, factorized))
+        if "distil" not in wanted:
+            return
+        student = self.dir / "student"
+        key = self._key("distil", digest(key))
+        self._stage("distil", key, student, partial(self._distil, teacher, factorized, student))
+        if self.config.merge:
+            merged = self.dir / "student-merged"
+            self._stage("merge", {"after": digest(key)}, merged, partial(distributed.on_main, merge, student, merged))
+        if "evaluate" not in wanted:
+            return
+        key = {"evaluation": self.config.evaluation.model_dump(), "after": digest(key)}
+        result = self.dir / "evaluation.json"
+        self._stage("evaluate", key, result, partial(self._evaluate, teacher, factorized, student))
+        evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
+        if distributed.is_main():
+            show(evaluation_table(evaluation))
+
+    def _key(self, stage: str, after: str) -> Key:
+        """What a training stage depends on: its own config, DeepSpeed's JSON, the stage before it."""
+        section = getattr(self.config, stage).model_dump()
+        for free in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            section["train"].pop(free)
+        return {stage: section, "ds": self.deepspeed, "after": after}
+
+    def _stage(self, name: str, key: Key, result: Path, make: Callable[[], None]) -> None:
+        if distributed.on_main(lambda: self.stages.stands(name, key) and result.exists()):
+            self.tell(f"{name}: stands in {result}")
+            return
+        change = distributed.on_main(self.stages.change, name, key)
+        if change:
+            self.tell(f"{name}: runs again, because {change}")
+            self._checkpoints(name, 1).clear()
+        distributed.on_main(self.stages.mark, name, key, done=False)
+        torch.manual_seed(self.config.seed)
+        make()
+        gc.collect()
+        distributed.on_main(self.stages.mark, name, key, done=True)
+
+    def _checkpoints(self, stage: str, keep: int) -> Checkpoints:
+        return Checkpoints(self.dir / "checkpoints" / stage, keep=keep, tell=self.tell)
+
+    def _training_config(self, train: TrainConfig, section: str) -> dict[str, Any]:
+        return training_config(
+            self.deepspeed, train, world_size=distributed.world_size(), ds_path=self.ds_path, section=section
+        )
+
+    def _check_batches(self) -> None:
+        """Contradictions of the two config files are found before anything is loaded."""
+        if self.config.sft.enabled:
+            self._training_config(self.config.sft.train, "sft.train")
+        self._training_config(self.config.distil.train, "distil.train")
+
+    def _sft(self, given: Path, result: Path) -> None:
+        """Tunes the teacher on the task: cross-entropy on the references."""
+        objectives = Objectives(ModelLevel(cross_entropy=1.0, logits=0.0, impl=self.config.distil.kernels), {})
+        train = self.config.sft.train
+        self._train("sft", given, result, train, objectives, teacher=None)
+
+    def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
+        config = read_config(factorized)
+        objectives = build_objectives(self.config.distil, family_of(config), config.num_hidden_layers)
+        self.tell(f"objectives: {', '.join(objectives.names)}; kernels: {self.config.distil.kernels}")
+        self._train("distil", factorized, result, self.config.distil.train, objectives,
+                    teacher=teacher if objectives.needs_teacher else None)  # fmt: skip
+
+    def _train(
+        self, stage: str, start: Path, result: Path, train: TrainConfig, objectives: Objectives,
+        *, teacher: Path | None,
+    ) -> None:  # fmt: skip
+        ds = self._training_config(train, f"{stage}.train")
+        tokenizer = load_tokenizer(start)
+        prompts = build_prompts(self.config.data, tokenizer)
+        micro = ds["train_micro_batch_size_per_gpu"]
+        loader = build_loader(self.config.data, prompts, batch_size=ds["train_batch_size"], micro_batch_size=micro,
+                              seed=self.config.seed, pad_id=pad_id_of(tokenizer))  # fmt: skip
+        if loader.describe_skipped():
+            self.tell(f"{stage}: {loader.describe_skipped()}")
+        model = Trained(
+            load_sharded(start, ds, self.dtype), ds, gradient_checkpointing=train.gradient_checkpointing
+        )
+        frozen = self._frozen(teacher, micro) if teacher else None
+        distilling = stage == "distil"
+        loop = Loop(
+            model,
+            objectives,
+            loader,
+            self._checkpoints(stage, train.keep_checkpoints),
+            LoopSettings(
+                stage,
+                train.steps,
+                train.checkpoint_every,
+                train.log_every,
+                train.max_bad_steps,
+                staged_shares(self.config.distil) if distilling else None,
+            ),
+            self.dir,
+            build_balance(self.config.distil) if distilling else None,
+        )
+        if frozen:
+            loop.run(lambda batch, counts: distill_step(model, frozen, objectives, batch, counts))
+        else:
+            loop.run(lambda batch, counts: finetune_step(model, objectives, batch, counts))
+        self.tell(f"{stage}: {prompts.describe()}")
+        config, generation = model.model.model.config, model.model.model.generation_config
+        distributed.drain_on_main(
+            lambda tensors: write_model(result, config, tensors, generation, tokenizer), whole_tensors(model.model)
+        )
+        model.close()
+        if frozen:
+            frozen.close()
+
+    def _frozen(self, folder: Path, micro_batch_size: int) -> Frozen:
+        ds = frozen_config(self.deepspeed, micro_batch_size=micro_batch_size)
+        return Frozen(load_sharded(folder, ds, self.dtype), ds)
+
+    def _factorize(self, teacher: Path, result: Path) -> None:
+        settings = self.config.student
+        tokenizer = load_tokenizer(teacher)
+        statistics = None
+        if settings.method == "whitened":
+            engine = self._frozen(teacher, settings.calibration_batch)
+            examples = self._calibration(tokenizer)
+            size = settings.calibration_batch
+            batches = [
+                collate(examples[i : i + size], pad_id_of(tokenizer)).to(distributed.device())
+                for i in range(0, len(examples), size)
+            ]
+            self.tell(f"factorize: calibration on {len(examples) * distributed.world_size()} prompts")
+            statistics = covariances(engine.model, engine, batches, read_config(teacher).num_hidden_layers)
+            engine.close()
+        reports = factorize(
+            teacher, result, keep_ratio=settings.keep_ratio, covariances=statistics, tokenizer=tokenizer
+        )
+        counts = distributed.on_main(self._count, {"teacher": teacher, "student": result})
+        report = {"method": settings.method, "keep_ratio": settings.keep_ratio,
+                  "matrices": [r.__dict__ for r in reports],
+                  "parameters": {n: c.__dict__ for n, c in counts.items()}}  # fmt: skip
+        distributed.on_main(_write_json, self.dir / "factorization.json", report)
+        self._say_factorized(reports, counts)
+
+    def _say_factorized(self, reports: list[MatrixReport], counts: dict[str, ParameterCount]) -> None:
+        if distributed.is_main():
+            show(factorization_table([r.__dict__ for r in reports], {n: c.__dict__ for n, c in counts.items()}))
+
+    def _calibration(self, tokenizer: Any) -> list[Example]:
+        """This rank's training examples for calibration; the same number on every rank."""
+        prompts = build_prompts(self.config.data, tokenizer)
+        wanted, world = self.config.student.calibration_records, distributed.world_size()
+        examples: list[Example] = []
+        for record in build_records(self.config.data):
+            if len(examples) == wanted:
+                break
+            example = _example_or_skip(prompts, record, self.config.data.on_bad_record)
+            if example is not None:
+                examples.append(example)
+        usable = len(examples) // world * world
+        if usable == 0:
+            raise UserError(f"{self.config.data.source}: {len(examples)} usable records cannot calibrate {world} ranks")
+        return examples[distributed.rank() : usable : world]
+
+    @staticmethod
+    def _count(folders: dict[str, Path]) -> dict[str, ParameterCount]:
+        counts = {}
+        for name, folder in folders.items():
+            config = read_config(folder)
+            counts[name] = count_parameters(folder, family_of(config), config)
+        return counts
+
+    def _evaluate(self, teacher: Path, factorized: Path, student: Path) -> None:
+        asked = self.config.evaluation
+        tokenizer = load_tokenizer(teacher)
+        prompts = build_prompts(self.config.data, tokenizer)
+        limits = (asked.records, asked.generate_records)
+        records = build_records(
+            self.config.data, validation=True, limit=None if None in limits else max(n for n in limits if n)
+        )
+        assert isinstance(records, RecordList)
+        settings = Settings(asked.batch_size, asked.max_new_tokens, pad_id_of(tokenizer), asked.lead_k)
+        evaluation = Evaluation(records, prompts, tokenizer, settings, asked.records, asked.generate_records,
+                                self.config.data.on_bad_record)  # fmt: skip
+        folders = {"teacher": teacher, "factorized": factorized, "student": student}
+        counts = distributed.on_main(self._count, folders)
+        rows: dict[str, Any] = {}
+        for name, folder in folders.items():
+            self.tell(f"evaluate: {name}")
+            engine = self._frozen(folder, asked.batch_size)
+            rows[name] = {"parameters": counts[name].__dict__, **evaluate_model(evaluation, name, engine)}
+            if asked.text:
+                rows[name]["text"] = evaluate_text(
+                    engine, tokenizer, asked.text, window=asked.text_window, stride=asked.text_stride,
+                    batch_size=asked.batch_size, pad_id=settings.pad_id)  # fmt: skip
+            engine.close()
+        rows[f"lead-{asked.lead_k}"] = evaluation.lead()
+        distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
+        distributed.on_main(_write_json, self.dir / "evaluation.json", {**evaluation.settings(), "models": rows})
+
+    def _open_folder(self) -> None:
+        """Makes the run folder, with the resolved config and the environment."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run_dir {self.dir}: cannot be written ({error.strerror}); choose another") from None
+        _write_json(self.dir / "environment.json", _environment())
+
+
+_LOCKS: dict[str, FileLock] = {}
+
+
+def _lock(run_dir: Path) -> str:
+    """Keeps a second run out of the folder; a killed process's lock is gone with it."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{run_dir}: another run is at work in this folder; wait for it, or set run_dir") from None
+    _LOCKS[str(run_dir)] = lock
+    return str(run_dir)
+
+
+def _example_or_skip(prompts: Any, record: Any, on_bad_record: str) -> Example | None:
+    try:
+        example: Example = prompts.example(record)
+    except BadRecord:
+        if on_bad_record == "error":
+            raise
+        return None
+    return example
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The id that fills up short rows; masks say where, so the end-of-text id serves as well."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _write_json(path: Path, value: Any) -> None:
+    scratch = path.with_suffix(".writing")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    scratch.replace(path)
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "deepspeed", "transformers", "datasets", "makd-llm")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "ranks": distributed.world_size(),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+    }

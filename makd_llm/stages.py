@@ -1,0 +1,68 @@
+"""Which stages of a run stand: results are kept, and made again only when what they depend on has changed.
+
+Each stage has a key: the part of the config it depends on, and the key of the stage before it. The key is written
+when the stage starts and marked done when its result stands, so that an interrupted stage is resumed only under the
+very config it was started with.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+Key = dict[str, Any]
+
+
+class Stages:
+    """The record of a run folder's stages, in stages.json. Read and written by rank 0 alone."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "stages.json"
+
+    def stands(self, stage: str, key: Key) -> bool:
+        """Whether the stage was finished under this key."""
+        entry = self._read().get(stage, {})
+        return bool(entry.get("done")) and entry["key"] == _plain(key)
+
+    def change(self, stage: str, key: Key) -> str | None:
+        """What differs from the key under which the stage was last started, in words; None: nothing, or never."""
+        entry = self._read().get(stage)
+        if entry is None or entry["key"] == _plain(key):
+            return None
+        before, after = _flat(entry["key"]), _flat(_plain(key))
+        path = next(p for p in [*after, *before] if before.get(p) != after.get(p))
+        if path.endswith("after"):
+            return "the stage before it changed"
+        return f"{path} changed from {before.get(path)!r} to {after.get(path)!r}"
+
+    def mark(self, stage: str, key: Key, *, done: bool) -> None:
+        """Records that the stage starts, or that its result stands."""
+        entries = self._read()
+        entries[stage] = {"key": _plain(key), "done": done}
+        scratch = self._path.with_suffix(".writing")
+        scratch.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        scratch.replace(self._path)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return entries
+
+
+def digest(key: Key) -> str:
+    """A short name of a key, for the key of the next stage."""
+    return hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(key: Key) -> Key:
+    """The key as JSON gives it back."""
+    plain: Key = json.loads(json.dumps(key, default=str))
+    return plain
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {p: v for name, inner in value.items() for p, v in _flat(inner, f"{path}.{name}".lstrip(".")).items()}
