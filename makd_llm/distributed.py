@@ -16,10 +16,12 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +38,7 @@ def init() -> None:
 
     The backend is the accelerator's (nccl on CUDA, gloo on CPU). Calling it again changes nothing.
     """
-    _installed_tools_on_path()
+    os.environ.update(compiler_environment())
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
 
@@ -168,14 +170,16 @@ def on_main(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def drain_on_main(fn: Callable[[Iterator[Any]], T], items: Iterator[Any]) -> T:
     """`on_main` for work on items that all ranks make together (each item costs a collective).
 
-    Rank 0 calls `fn(items)`; the others go through the items and drop them. Where `fn` fails or stops early, rank 0
-    goes through the rest as well, so nobody waits; then the failure is raised on every rank.
+    Rank 0 calls `fn(items)`; the others go through the items and drop them. Where `fn` fails or
+    stops early, rank 0 goes through the rest as well, so nobody waits; then the failure is raised
+    on every rank. The result must be picklable.
     """
     failure: BaseException | None = None
     result: Any = None
     if is_main():
         try:
             result = fn(items)
+            pickle.dumps(result)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
             failure = error
     for _ in items:
@@ -205,6 +209,25 @@ def main_first() -> Iterator[None]:
         _raise_together(gather_objects(portable(failure)), failure)
         failure = None
     _raise_together(gather_objects(portable(failure)), failure)
+
+
+def compiler_environment() -> dict[str, str]:
+    """Environment variables with which DeepSpeed compiles its operators where they belong.
+
+    It takes the `ninja` that was installed with it, also where the environment is not activated:
+    another version would reject the first one's records and compile all over again. And what it
+    compiles is kept in the virtual environment: in the cache that all environments share by
+    default, they would recompile each other's operators in turn.
+    """
+    variables = {}
+    scripts = sysconfig.get_path("scripts")
+    installed = shutil.which("ninja", path=scripts)
+    if installed is not None and shutil.which("ninja") != installed:
+        variables["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
+    in_virtual_environment = sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK)
+    if in_virtual_environment and "TORCH_EXTENSIONS_DIR" not in os.environ:
+        variables["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+    return variables
 
 
 def free_port() -> int:
@@ -244,10 +267,3 @@ def _raise_together(failures: list[BaseException | None], own: BaseException | N
         if failure is not None:
             failure.add_note(f"raised on rank {failed_rank}, and so on every rank")
             raise failure
-
-
-def _installed_tools_on_path() -> None:
-    """Let DeepSpeed find the `ninja` that was installed with it, in an unactivated environment."""
-    scripts = sysconfig.get_path("scripts")
-    if shutil.which("ninja") is None and shutil.which("ninja", path=scripts) is not None:
-        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")

@@ -182,19 +182,23 @@ class _Rank:
 
 
 def _start_rank(folder: Path, rank: int, world_size: int) -> _Rank:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(distributed.free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",  # a machine's own name may not resolve
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-    }
+    environment = (
+        os.environ
+        | distributed.compiler_environment()
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(distributed.free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",  # a machine's own name may not resolve
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        }
+    )
     log_path = folder / f"rank{rank}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(

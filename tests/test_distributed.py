@@ -1,9 +1,12 @@
 """Reductions, and work on one rank: what happens on one rank happens to all."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,36 +36,29 @@ def test_reductions_leave_their_argument_alone() -> None:
     distributed.barrier()
 
 
-@run_on_ranks(2)
-def test_on_main_runs_once_and_tells_everybody(tmp_path: Path) -> None:
+def on_main_tells_everybody(folder: Path) -> tuple[str, list[str]]:
     def count() -> int:
-        (tmp_path / f"{distributed.rank()}").touch()
-        return len(list(tmp_path.iterdir()))
+        (folder / f"{distributed.rank()}").touch()
+        return len(list(folder.iterdir()))
 
     assert distributed.on_main(count) == 1
     distributed.barrier()
-    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert [path.name for path in folder.iterdir()] == ["0"]
 
+    with pytest.raises((TypeError, AttributeError), match=r"pickle|local"):
+        distributed.on_main(lambda: lambda: "a result that cannot travel")
 
-def failures_seen() -> tuple[str, list[str]]:
     with pytest.raises(UserError, match="no such file") as caught:
         distributed.on_main(fail, "no such file")
     distributed.barrier()
     return str(caught.value), getattr(caught.value, "__notes__", [])
 
 
-def test_on_main_raises_the_same_everywhere() -> None:
-    (text0, notes0), (text1, notes1) = launch_ranks(2, failures_seen)
+def test_on_main_runs_once_and_its_result_or_failure_is_everybodys(tmp_path: Path) -> None:
+    (text0, notes0), (text1, notes1) = launch_ranks(2, on_main_tells_everybody, tmp_path)
     assert text0 == text1 == "no such file"
     assert notes0 == []
     assert notes1 == ["raised on rank 0, and so on every rank"]
-
-
-@run_on_ranks(2)
-def test_on_main_refuses_a_result_that_cannot_travel() -> None:
-    with pytest.raises((TypeError, AttributeError), match=r"pickle|local"):
-        distributed.on_main(lambda: lambda: None)
-    distributed.barrier()
 
 
 @run_on_ranks(2)
@@ -74,14 +70,26 @@ def test_main_first_lets_the_others_find_the_result(tmp_path: Path) -> None:
             cache.write_text(f"made by {distributed.rank()}")
     assert cache.read_text() == "made by 0"
 
+    for failing_rank in (0, 1):
+        with pytest.raises(UserError, match="cannot"), distributed.main_first():
+            if distributed.rank() == failing_rank:
+                fail(f"rank {failing_rank} cannot")
+        assert distributed.gather_objects(distributed.rank()) == [0, 1]
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
+
 @run_on_ranks(2)
-def test_main_first_raises_on_every_rank(failing_rank: int) -> None:
-    with pytest.raises(UserError, match="rank"), distributed.main_first():
-        if distributed.rank() == failing_rank:
-            fail(f"rank {failing_rank} cannot")
-    assert distributed.gather_objects(distributed.rank()) == [0, 1]
+def test_drain_on_main_goes_through_all_items_on_every_rank() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            yield distributed.gather_objects(number)[0]
+
+    assert distributed.drain_on_main(sum, items()) == 6
+    with pytest.raises(UserError, match="full after 0"):
+        distributed.drain_on_main(lambda each: fail(f"full after {next(each)}"), items())
+    assert made == [0, 1, 2, 3] * 2
 
 
 def test_everything_works_without_a_process_group() -> None:
@@ -118,3 +126,16 @@ def test_init_makes_a_group_of_one_for_a_plain_python() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "well"
+
+
+def test_operators_are_compiled_by_the_environments_own_tools(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    for name, value in distributed.compiler_environment().items():
+        monkeypatch.setenv(name, value)
+    ninja = shutil.which("ninja")
+    assert ninja is not None
+    assert Path(ninja).parent == Path(sysconfig.get_path("scripts"))
+    assert distributed.compiler_environment() == {}, "what is set is kept"

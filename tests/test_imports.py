@@ -22,11 +22,12 @@ SEES_ONLY = {
 
 # Only the right (and the left itself) import the left.
 COMPOSERS = ("makd_llm.train", "makd_llm.pipeline", "makd_llm.cli")
+BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
 SEEN_ONLY_BY = {
     "makd_llm.objectives": COMPOSERS,
     "makd_llm.train": COMPOSERS,
     "makd_llm.pipeline": ("makd_llm.cli",),
-    "makd_llm.config": ("makd_llm.pipeline", "makd_llm.cli", "makd_llm.train.deepspeed_config"),
+    "makd_llm.config": ("makd_llm.pipeline", "makd_llm.cli", *BUILDERS),
     "makd_llm.testing": (),
 }
 

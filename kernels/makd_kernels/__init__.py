@@ -2,8 +2,8 @@
 
 Two families, each a folder with the op (`__init__.py`), plain torch to read and to check against
 (`reference.py`), and an implementation with bounded memory for any device (`blockwise.py`). Only
-torch is imported. `impl="auto"` picks an implementation; `attention_kl.choose_impl` and
-`linear_divergence.choose_impl` say which one.
+torch is imported. `impl="auto"` picks an implementation; `choose_impl` of either folder says which
+(`from makd_kernels.attention_kl import choose_impl`).
 """
 
 from makd_kernels.attention_kl import attention_kl

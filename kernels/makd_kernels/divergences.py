@@ -1,9 +1,9 @@
-"""Divergences between two softmaxes, row by row, with their gradient, in as few passes as possible.
+"""Divergences between two softmaxes, row by row, with their gradient, in few passes.
 
-A row of teacher logits t gives p = softmax(t), a row of student logits s gives q = softmax(s). Every
-formula works on rows that are *centred* (their maximum subtracted) and on exponentials that are not
-yet divided by their sum l: log p = t - ln l_t. Centring keeps the relative error near 2e-7 at any
-logit scale, and identical inputs give exactly 0, because both sides then run the same arithmetic.
+A row of teacher logits t gives p = softmax(t), a row of student logits s gives q = softmax(s).
+Every formula works on rows that are *centred* (their maximum subtracted) and on exponentials that
+are not yet divided by their sum l: log p = t - ln l_t. Centring keeps the relative error near 2e-7
+at any logit scale, and identical inputs give exactly 0: both sides then run the same arithmetic.
 
 Everything happens in place on small tiles: on a CPU the cost is memory passes and page faults, not
 arithmetic.

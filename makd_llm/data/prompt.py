@@ -70,6 +70,7 @@ class PromptBuilder:
         self._chat = bool(tokenizer.chat_template) if chat is None else chat
         self._template = user_template if self._chat else template
         self._fields_used = _fields_of(self._template)
+        self._frames: dict[tuple[str, ...], int] = {}
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         if max_length < 2 or (max_prompt_length is not None and max_prompt_length < 1):
             raise UserError(
@@ -122,7 +123,7 @@ class PromptBuilder:
         room = self._max_length - len(self.summary_ids(record))
         if self._max_prompt_length is not None:
             room = min(room, self._max_prompt_length)
-        if len(self._encode_prompt(record, "")) + FEW_TOKENS > room:
+        if self._frame(record) + FEW_TOKENS > room:
             self.example(record)
 
     def describe(self) -> str:
@@ -138,7 +139,8 @@ class PromptBuilder:
             f"summaries end with {end}"
         )
 
-    def _render(self, record: Record, document: str) -> str:
+    def _values(self, record: Record, document: str) -> dict[str, str]:
+        """What the template's fields stand for. The config's instruction wins over a column's."""
         values = {"id": record.id, **record.fields, "instruction": self._instruction}
         values["document"] = document
         for field in self._fields_used:
@@ -147,7 +149,10 @@ class PromptBuilder:
                     f"the template {self._template!r} uses {{{field}}}, which {record.where} does "
                     f"not have; known fields: {', '.join(sorted(values))}"
                 )
-        text = self._template.format_map(values)
+        return values
+
+    def _render(self, record: Record, document: str) -> str:
+        text = self._template.format_map(self._values(record, document))
         return self._chat_text(text) if self._chat else text
 
     def _chat_text(self, content: str, answer: str | None = None) -> str:
@@ -179,6 +184,14 @@ class PromptBuilder:
 
     def _encode_prompt(self, record: Record, document: str) -> list[int]:
         return self._with_bos(self._encode(self._render(record, document)))
+
+    def _frame(self, record: Record) -> int:
+        """The length of the prompt without its document; counted once for the same fields."""
+        values = self._values(record, "")
+        key = tuple(values[field] for field in self._fields_used)
+        if key not in self._frames:
+            self._frames[key] = len(self._encode_prompt(record, ""))
+        return self._frames[key]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bare = 0
@@ -257,7 +270,7 @@ class PromptBuilder:
         return self._encode_prompt(record, document[: stop - 1]) if stop > 1 else None
 
     def _no_room(self, record: Record, room_for: int, budget: int) -> BadRecord:
-        frame = len(self._encode_prompt(record, ""))
+        frame = self._frame(record)
         whole = self._max_length - frame - 1
         if budget < self._max_length - room_for or whole < 1:
             return BadRecord(

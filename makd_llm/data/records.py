@@ -279,6 +279,10 @@ def _open(source: str, split: str, streaming: bool) -> tuple[Any, str]:
 
 
 def _open_file(path: Path, streaming: bool) -> Table:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}; check its rights") from error
     match path.suffix:
         case ".jsonl":
             return JsonLines(path)

@@ -6,7 +6,7 @@ Units: the model level counts summary tokens ("targets"), the matrix and layer l
 """
 # B batch, T tokens, N summary tokens, V vocabulary, D and E widths
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,11 +110,12 @@ class Objectives:
         denominators: Mapping[str, float],
         teacher_hidden_BTE: Tensor | None = None,
         teacher_weight_VE: Tensor | None = None,
-    ) -> Any:
-        """The function that the student's head calls with (hidden_BTD, weight_VD): the model level."""
+    ) -> Callable[[Tensor, Tensor], Any]:
+        """The function that the student's head calls with (hidden_BTD, weight_VD): the model level, or, where that
+        is off, a zero that keeps the whole model in the graph (ZeRO-3 has to see every module's backward)."""
         level, scale = self.model_level, self.multiplier["model"] / denominators["targets"]
         if scale == 0 or not (level.cross_entropy or level.logits):
-            return None
+            return lambda hidden_BTD, weight_VD: (hidden_BTD[0, 0, 0] + weight_VD[0, 0]) * 0.0
         with_teacher = level.logits > 0 and teacher_hidden_BTE is not None
 
         def model_level(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -152,7 +153,9 @@ class Objectives:
         for name, term in self.active.items():
             sums[name] = torch.where(mask_BT, term.compare(student, teacher, batch.key_mask_BT), 0.0).sum()
             parts.append(sums[name] * (term.weight * self.multiplier[term.level] / denominators["tokens"]))
-        if isinstance(at_head, tuple):
+        if isinstance(at_head, Tensor):
+            parts.append(at_head)
+        else:
             loss, cross_entropy_N, divergence_N = at_head
             parts.append(loss)
             sums["cross_entropy"] = cross_entropy_N.sum()

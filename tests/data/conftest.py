@@ -143,7 +143,8 @@ def load() -> Callable[..., RecordList | RecordStream]:
     def call(source: object, split: str = "train", **options: Any) -> RecordList | RecordStream:
         columns = options.pop("columns", Columns())
         options.setdefault("on_bad_record", "error")
-        return load_records(str(source), split, columns, **options)
+        source_of: RecordList | RecordStream = load_records(str(source), split, columns, **options)
+        return source_of
 
     return call
 

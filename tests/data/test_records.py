@@ -282,6 +282,17 @@ class TestWhichFile:
         with pytest.raises(UserError, match=r"expected one of \.jsonl, \.json, \.csv, \.parquet"):
             load(tmp_path / "a.txt")
 
+    def test_a_file_that_may_not_be_read(
+        self, jsonl: Jsonl, load: Load, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        path = jsonl([GOOD])
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(UserError, match=r"train\.jsonl cannot be opened: Permission denied"):
+            load(path)
+
 
 class TestHub:
     def test_an_unreachable_hub_says_what_to_do(

@@ -120,7 +120,9 @@ def _take_heads(q_BHTD: Tensor, k_BGTD: Tensor, heads_P: Tensor) -> tuple[Tensor
     return q_BHTD[:, heads_P], k_BGTD[:, heads_P // group]
 
 
-def _check_shapes(q_teacher: Tensor, k_teacher: Tensor, q_student: Tensor, k_student: Tensor) -> None:
+def _check_shapes(
+    q_teacher: Tensor, k_teacher: Tensor, q_student: Tensor, k_student: Tensor
+) -> None:
     for side, q_BHTD, k_BGTD in (
         ("teacher", q_teacher, k_teacher),
         ("student", q_student, k_student),
@@ -160,6 +162,8 @@ def _check_mask(
 
 def _check_head_map(head_map: Sequence[Sequence[int]], teachers: int, students: int) -> None:
     if len(head_map) != students or not all(len(others) for others in head_map):
-        raise ValueError(f"head_map must name at least one teacher head for each of {students} heads")
+        raise ValueError(
+            f"head_map must name at least one teacher head for each of {students} heads"
+        )
     if not all(0 <= other < teachers for others in head_map for other in others):
         raise ValueError(f"head_map names a teacher head outside 0..{teachers - 1}")

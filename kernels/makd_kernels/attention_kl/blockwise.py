@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 from makd_kernels.divergences import DIVERGENCES, Formula, Rows, Weights, exponentials
 
 HIDDEN = -1e30  # finite: the difference of two hidden scores is 0, never NaN
-SLAB_ELEMENTS_CPU = 2**18  # per thread: four fp32 buffers of it, 4 MiB, stay near the core
+SLAB_ELEMENTS_CPU = 2**19  # per thread: four fp32 buffers of it, 8 MiB, stay in the last cache
 SLAB_ELEMENTS_OTHER = 2**25
-SHORTEST_BLOCK, LONGEST_BLOCK = 32, 128
+SHORTEST_BLOCK, LONGEST_BLOCK = 32, 64  # queries; short blocks skip more of the causal half
 
 
 class _Side(NamedTuple):
@@ -103,10 +103,12 @@ def attention_kl_blockwise(
         # other groupings of the same heads: one key head for each, O(H x T x D)
         k_teacher_BGTD = _one_key_per_head(q_teacher_BHTD, k_teacher_BGTD)
         k_student_BGTD = _one_key_per_head(q_student_BHTD, k_student_BGTD)
-    on_cpu = q_student_BHTD.device.type == "cpu"  # elsewhere a look at the mask waits for the device
+    on_cpu = (
+        q_student_BHTD.device.type == "cpu"
+    )  # elsewhere a look at the mask waits for the device
     if attention_mask_BT is not None and on_cpu and attention_mask_BT.all():
         attention_mask_BT = None
-    return _AttentionKL.apply(
+    values: Tensor = _AttentionKL.apply(
         q_teacher_BHTD.detach(),
         k_teacher_BGTD.detach(),
         q_student_BHTD,
@@ -117,6 +119,7 @@ def attention_kl_blockwise(
         window,
         divergence,
     )
+    return values
 
 
 def _one_key_per_head(q_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
@@ -258,7 +261,8 @@ class _Sweep:
             low = self._buffer("half", shape_nMK, q_nMD.dtype)
             torch.baddbmm(low, q_nMD, k_nKD.mT, beta=0, alpha=side.scale, out=low)
             scores.copy_(low)
-        return scores.unflatten(1, (-1, side.q_nTRD.shape[2]))
+        shared = side.q_nTRD.shape[2]
+        return scores.view(shape_nMK[0], -1, shared, shape_nMK[2])
 
     def _slab_size(self) -> tuple[int, int]:
         """Queries of a block and instances of a slab, from the number of scores that fit."""

@@ -1,4 +1,4 @@
-"""Attention divergence in plain torch, holding both maps: what the other implementations must equal.
+"""Attention divergence in plain torch, holding both maps: what every other way must equal.
 
 Works in any float dtype (float64 for checks) and is differentiated by autograd.
 """

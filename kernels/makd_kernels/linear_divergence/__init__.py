@@ -1,8 +1,8 @@
-"""Last linear layer, divergence from the teacher and cross-entropy, without the logits of all tokens.
+"""Last linear layer, divergence from the teacher and cross-entropy, without all tokens' logits.
 
-Logits are the largest tensors of distillation: tokens x vocabulary, twice, with their gradient. These
-ops take the hidden states and the heads instead, make the logits for one chunk of tokens at a time,
-reduce them, and forget them. Cross-entropy and divergence come from the same student logits.
+Logits are the largest tensors of distillation: tokens x vocabulary, twice, with their gradient.
+These ops take the hidden states and the heads instead, make the logits for one chunk of tokens at a
+time, reduce them, and forget them. Cross-entropy and divergence share the student's logits.
 
 * `linear_divergence` and `linear_cross_entropy_divergence` return one value per token. Any gradient
   may flow back into each value; the backward makes the logits again (six matmuls), so it needs the
@@ -66,7 +66,7 @@ def linear_divergence(
         student_ND, teacher_NE: hidden states before the heads; the sizes D and E may differ.
         student_head_VD, teacher_head_VE: weights of the last linear layers.
         divergence: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), "jsd"
-            beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1-beta) student.
+            beta KL(teacher || m) + (1-beta) KL(student || m), m = beta teacher + (1-beta) student.
         beta: for "jsd"; exactly the forward KL at 0 and the reverse KL at 1, as in TRL.
         temperature: divides both sides' logits; the result is multiplied by its square.
         weight_N: factor on each token's value; it gets no gradient.
@@ -92,6 +92,7 @@ def linear_divergence(
     )
     rows, _ = IMPLEMENTATIONS[choose_impl(impl)]
     _, divergence_N = rows(student_ND, student_head_VD, None, teacher_NE, teacher_head_VE, settings)
+    assert divergence_N is not None, "there is a teacher"
     return divergence_N if weight_N is None else divergence_N * weight_N.to(divergence_N.dtype)
 
 
@@ -110,7 +111,7 @@ def linear_cross_entropy_divergence(
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy on the labels and divergence from the teacher, per token, from one set of logits.
+    """Cross-entropy on the labels and divergence from the teacher, per token, in one pass.
 
     Arguments as in `linear_divergence`, and `labels_N` (int64), where -100 gives cross-entropy 0;
     `weight_N` multiplies both results. Without a teacher the divergence is None.
@@ -239,7 +240,9 @@ def _settings(
     if labels_N is not None and labels_N.device.type == "cpu":  # elsewhere it would wait for a copy
         outside = (labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab))
         if outside.any():
-            raise ValueError(f"label {int(labels_N[outside][0])} is outside 0..{vocab - 1} and -100")
+            raise ValueError(
+                f"label {int(labels_N[outside][0])} is outside 0..{vocab - 1} and -100"
+            )
     return settings._replace(vocab_size=vocab)
 
 

@@ -47,10 +47,15 @@ def rows(
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None]:
     """(cross_entropy_N, divergence_N). See `linear_cross_entropy_divergence`."""
-    return _Rows.apply(
-        student_ND, student_head_VD, labels_N, _detached(teacher_NE), _detached(teacher_head_VE),
+    values: tuple[Tensor, Tensor | None] = _Rows.apply(
+        student_ND,
+        student_head_VD,
+        labels_N,
+        _detached(teacher_NE),
+        _detached(teacher_head_VE),
         settings,
     )
+    return values
 
 
 def loss(
@@ -64,10 +69,18 @@ def loss(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, cross_entropy_N, divergence_N). See `linear_cross_entropy_divergence_loss`."""
-    return _Loss.apply(
-        student_ND, student_head_VD, labels_N, _detached(teacher_NE), _detached(teacher_head_VE),
-        weights, weight_N, settings, torch.is_grad_enabled(),
+    values: tuple[Tensor, Tensor, Tensor | None] = _Loss.apply(
+        student_ND,
+        student_head_VD,
+        labels_N,
+        _detached(teacher_NE),
+        _detached(teacher_head_VE),
+        weights,
+        weight_N,
+        settings,
+        torch.is_grad_enabled(),
     )
+    return values
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -105,7 +118,12 @@ class _Rows(torch.autograd.Function):
         result = _sweep(_Inputs(*ctx.saved_tensors), ctx.settings, weights, needed)
         labels = teacher = settings = None
         return (
-            result.grad_student_ND, result.grad_head_VD, labels, teacher, teacher, settings,
+            result.grad_student_ND,
+            result.grad_head_VD,
+            labels,
+            teacher,
+            teacher,
+            settings,
         )
 
 
@@ -126,7 +144,10 @@ class _Loss(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = _Inputs(student_ND, student_head_VD, labels_N, teacher_NE, teacher_head_VE)
-        needed = (grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1])
+        needed = (
+            grad_enabled and ctx.needs_input_grad[0],
+            grad_enabled and ctx.needs_input_grad[1],
+        )
         row_weights = None
         # the weights' common size is left for the backward, so that fp16 does not lose small ones
         ctx.size = max(abs(weights[0]), abs(weights[1])) or 1.0
@@ -152,9 +173,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor, _: Tensor, __: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor, __: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.kept is None:
             raise RuntimeError(
                 "linear_cross_entropy_divergence_loss hands its gradient over once; to go backward "
@@ -167,7 +186,15 @@ class _Loss(torch.autograd.Function):
         ctx.kept = None
         labels = teacher = weights = settings = None
         return (
-            grad_student, grad_head, labels, teacher, teacher, weights, weights, settings, settings,
+            grad_student,
+            grad_head,
+            labels,
+            teacher,
+            teacher,
+            weights,
+            weights,
+            settings,
+            settings,
         )
 
 
@@ -182,16 +209,16 @@ def _sweep(
     vocab = settings.vocab_size
     head_VD = student_head_VD[:vocab]
     tokens = student_ND.shape[0]
-    tile = Tile(
-        student_ND, teacher_NE, inputs.labels_N, head_VD.shape[0], settings, weights
-    )
+    tile = Tile(student_ND, teacher_NE, inputs.labels_N, head_VD.shape[0], settings, weights)
     chunk = _chunk_rows(inputs, settings)
     student_logits_nV = head_VD.new_empty(chunk, head_VD.shape[0])
     teacher_logits_nV = None
     if teacher_head_VE is not None:
         teacher_logits_nV = teacher_head_VE.new_empty(chunk, head_VD.shape[0])
     grad_student_ND = torch.empty_like(student_ND) if needed[0] else None
-    grad_head = _HeadGradient(student_head_VD, head_VD.shape[0], tokens > chunk) if needed[1] else None
+    grad_head = (
+        _HeadGradient(student_head_VD, head_VD.shape[0], tokens > chunk) if needed[1] else None
+    )
 
     for start in range(0, tokens, chunk):
         chunk_rows = slice(start, min(tokens, start + chunk))
@@ -209,14 +236,14 @@ def _sweep(
 
     return _Result(
         tile.cross_entropy_N,
-        tile.divergence_N,
+        None if teacher_NE is None else tile.divergence_N,
         grad_student_ND,
         None if grad_head is None else grad_head.total(),
     )
 
 
 class _HeadGradient:
-    """Sum over chunks of gradient^T @ hidden; in fp32 where several chunks in half precision add up."""
+    """Sum over chunks of gradient^T @ hidden; in fp32 where half precision chunks add up."""
 
     def __init__(self, head_VD: Tensor, vocab: int, several: bool) -> None:
         self.dtype = head_VD.dtype
@@ -260,4 +287,4 @@ def _chunk_rows(inputs: _Inputs, settings: Settings) -> int:
         row_bytes += vocab * teacher_head_VE.element_size()
     most = max(1, budget // row_bytes)
     chunks = max(1, -(-student_ND.shape[0] // most))
-    return -(-student_ND.shape[0] // chunks)
+    return max(1, -(-student_ND.shape[0] // chunks))

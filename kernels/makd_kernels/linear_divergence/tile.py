@@ -25,6 +25,13 @@ class RowWeights(NamedTuple):
     divergence_N: Tensor
 
 
+class _Labels(NamedTuple):
+    """Each row's label (0 where ignored), and 1 where it counts, 0 where it is ignored."""
+
+    index_N1: Tensor
+    counted_N1: Tensor
+
+
 class Tile:
     """Reduces chunks of logits; `cross_entropy_N` and `divergence_N` fill up row by row."""
 
@@ -45,20 +52,19 @@ class Tile:
         self.tile_rows = _tile_rows(vocab, dtype, student_ND.device)
 
         zeros_N = torch.zeros(student_ND.shape[0], dtype=dtype, device=student_ND.device)
-        self.cross_entropy_N = zeros_N
-        self.divergence_N = None if teacher_NE is None else torch.zeros_like(zeros_N)
-        self.label_N1 = self.counted_N1 = None
+        self.cross_entropy_N, self.divergence_N = zeros_N, torch.zeros_like(zeros_N)
+        self.labels = None
         if labels_N is not None:
-            self.counted_N1 = (labels_N != IGNORED_LABEL).to(dtype)[:, None]
-            self.label_N1 = labels_N.clamp_min(0)[:, None]
-        self.weights_N1 = None
+            counted_N1 = (labels_N != IGNORED_LABEL).to(dtype)[:, None]
+            self.labels = _Labels(labels_N.clamp_min(0)[:, None], counted_N1)
+        self.weights = None
         if weights is not None:
+            cross_entropy_N1 = weights.cross_entropy_N.to(dtype)[:, None]
+            if self.labels is not None:
+                cross_entropy_N1 = cross_entropy_N1 * self.labels.counted_N1
             # d/ds of temperature^2 D(s / temperature) is temperature times D's gradient
             divergence_N1 = weights.divergence_N.to(dtype)[:, None] * self.temperature
-            cross_entropy_N1 = weights.cross_entropy_N.to(dtype)[:, None]
-            if self.counted_N1 is not None:
-                cross_entropy_N1 = cross_entropy_N1 * self.counted_N1
-            self.weights_N1 = Weights(divergence_N1, cross_entropy_N1)
+            self.weights = RowWeights(cross_entropy_N1, divergence_N1)
 
         rows = min(self.tile_rows, student_ND.shape[0])
         two_temperatures = self.temperature != 1.0 and None not in (teacher_NE, labels_N)
@@ -81,7 +87,7 @@ class Tile:
             rows = slice(chunk.start + part.start, chunk.start + part.stop)
             teacher_RV = None if teacher_nV is None else teacher_nV[part]
             gradient_RV = self._tile(rows, student_nV[part], teacher_RV)
-            if self.weights_N1 is not None:
+            if self.weights is not None:
                 student_nV[part].copy_(gradient_RV)
 
     def _tile(self, rows: slice, student_RV: Tensor, teacher_RV: Tensor | None) -> Tensor:
@@ -89,46 +95,49 @@ class Tile:
         logits = self._buffer("student", student_RV).copy_(student_RV)
         exp = self._buffer("student exp", student_RV)
         weights = None
-        if self.weights_N1 is not None:
-            weights = Weights(self.weights_N1.divergence[rows], self.weights_N1.student[rows])
-        if self.label_N1 is None:
+        if self.weights is not None:
+            weights = RowWeights(*(weight_N1[rows] for weight_N1 in self.weights))
+        if self.labels is None:
             assert teacher_RV is not None, "neither labels nor a teacher"
             s = exponentials(self._heat(logits), exp)
-            return self._divergence(rows, teacher_RV, s, weights and Weights(weights.divergence))
+            return self._divergence(rows, teacher_RV, s, weights and Weights(weights.divergence_N))
 
         s = exponentials(logits, exp)
-        label_R1, counted_R1 = self.label_N1[rows], self.counted_N1[rows]
+        label_R1, counted_R1 = self.labels.index_N1[rows], self.labels.counted_N1[rows]
         value_R1 = (s.sum.log() - logits.gather(-1, label_R1)) * counted_R1
         self.cross_entropy_N[rows] = value_R1.squeeze(-1)
         if teacher_RV is None:
-            gradient = exp if weights is None else exp.mul_(weights.student / s.sum)
+            gradient = exp if weights is None else exp.mul_(weights.cross_entropy_N / s.sum)
         elif self.temperature == 1.0:
-            gradient = self._divergence(rows, teacher_RV, s, weights)
+            both = weights and Weights(weights.divergence_N, weights.cross_entropy_N)
+            gradient = self._divergence(rows, teacher_RV, s, both)
         else:
             gradient = self._two_temperatures(rows, teacher_RV, s, weights)
         if weights is not None:
-            gradient.scatter_add_(-1, label_R1, -weights.student)
+            gradient.scatter_add_(-1, label_R1, -weights.cross_entropy_N)
         return gradient
 
     def _two_temperatures(
-        self, rows: slice, teacher_RV: Tensor, s: Rows, weights: Weights | None
+        self, rows: slice, teacher_RV: Tensor, s: Rows, weights: RowWeights | None
     ) -> Tensor:
         """As `_divergence`, where the cross-entropy's softmax `s` is not the divergence's."""
         kept = None
         if weights is not None:
             kept = self._buffer("cross-entropy gradient", s.exp)
-            torch.mul(s.exp, weights.student / s.sum, out=kept)
-            weights = Weights(weights.divergence)
+            torch.mul(s.exp, weights.cross_entropy_N / s.sum, out=kept)
         heated = exponentials(self._heat(s.logits), s.exp)
-        gradient = self._divergence(rows, teacher_RV, heated, weights)
+        alone = weights and Weights(weights.divergence_N)
+        gradient = self._divergence(rows, teacher_RV, heated, alone)
         return gradient if kept is None else gradient.add_(kept)
 
     def _divergence(
         self, rows: slice, teacher_RV: Tensor, s: Rows, weights: Weights | None
     ) -> Tensor:
+        """Write the rows' divergence; returns the student's exponentials, now their gradient."""
         logits = self._heat(self._buffer("teacher", teacher_RV).copy_(teacher_RV))
         t = exponentials(logits, self._buffer("teacher exp", teacher_RV))
         value_R1 = self.formula(t, s, weights, True)
+        assert value_R1 is not None, "the value was asked for"
         self.divergence_N[rows] = value_R1.squeeze(-1) * self.temperature**2
         return s.exp
 

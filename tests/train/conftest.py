@@ -1,0 +1,52 @@
+"""A tiny teacher and its data, as a person would have them: a model folder and a JSONL file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the cat sat on a mat while rain fell over old town and nobody came to see it again".split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher/ (a random Llama with grouped heads and tied embeddings) and train.jsonl."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = []
+    for index in range(40):
+        words = [WORDS[(index * 7 + k * (1 + index % 5)) % len(WORDS)] for k in range(8 + index % 9)]
+        rows.append({"id": f"r{index}", "document": " ".join(words), "summary": " ".join(words[: 2 + index % 3])})
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((row["document"] for row in rows), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,  # otherwise that token's embedding is zero
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    fast.save_pretrained(folder / "teacher")
+    return folder

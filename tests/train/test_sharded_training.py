@@ -1,0 +1,326 @@
+"""What has to hold under ZeRO-3: the gradient does not depend on the split, the teacher is never touched, memory
+stays, and broken steps are skipped and counted.
+
+Starting processes is the dear part, so each group of checks shares one start; the tests below look at its results.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from makd_llm.testing import launch_ranks
+
+FP32_ZERO3: dict[str, Any] = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "steps_per_print": 10**9,
+}
+
+
+def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
+    ds = copy.deepcopy(FP32_ZERO3)
+    ds["train_micro_batch_size_per_gpu"] = micro
+    ds["gradient_accumulation_steps"] = 4 // (world * micro)
+    ds["zero_optimization"]["stage"] = stage
+    return ds
+
+
+def factorized(folder: Path) -> Path:
+    """The student's folder, made by plain SVD; every rank calls this, first of all."""
+    from makd_llm import distributed
+
+    from makd_llm.factorize.parallel import factorize
+    from makd_llm.models.source import load_tokenizer
+
+    distributed.init()
+    teacher, student = folder / "teacher", folder / f"student-{distributed.world_size()}"
+    factorize(teacher, student, keep_ratio=0.5, covariances=None, tokenizer=load_tokenizer(teacher))
+    return student
+
+
+def parts(
+    folder: Path, student: Path, ds: dict[str, Any], objectives: dict[str, Any] | None = None, **changes: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Student engine, teacher engine, objectives and loader of a small run."""
+    from makd_llm import distributed
+    from makd_llm.checkpoint.folder import read_config
+    from makd_llm.config import DataConfig, DistilConfig
+    from makd_llm.models.families import family_of
+    from makd_llm.models.sharded import load_sharded
+    from makd_llm.models.source import load_tokenizer
+    from makd_llm.train.build import build_loader, build_objectives, build_prompts
+    from makd_llm.train.deepspeed_config import frozen_config
+    from makd_llm.train.engine import Frozen, Trained
+
+    config = read_config(student)
+    distil = DistilConfig.model_validate({"objectives": objectives or {}, **changes.pop("distil", {})})
+    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64, **changes.pop("data", {}))
+    frozen = frozen_config(ds, micro_batch_size=2)
+    trained = Trained(load_sharded(student, ds, torch.float32), ds, **changes)
+    teacher = Frozen(load_sharded(folder / "teacher", frozen, torch.float32), frozen)
+    built = build_objectives(distil, family_of(config), config.num_hidden_layers)
+    loader = build_loader(
+        data,
+        build_prompts(data, load_tokenizer(student)),
+        batch_size=4,
+        micro_batch_size=ds["train_micro_batch_size_per_gpu"],
+        seed=1,
+        pad_id=2,
+    )
+    assert distributed.world_size() >= 1
+    return trained, teacher, built, loader
+
+
+def gradients(folder: Path, student: Path, ds: dict[str, Any], **changes: Any) -> dict[str, torch.Tensor]:
+    """The gradient of one optimizer step's loss, whole, before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from makd_llm import distributed
+    from makd_llm.train.step import distill_step
+
+    trained, teacher, objectives, loader = parts(folder, student, ds, **changes)
+    batches = loader.next_step()
+    counts = torch.tensor([[float(b.n_targets), float(b.n_tokens)] for b in batches]).sum(0)
+    targets, tokens = distributed.sum_over_ranks(counts).tolist()
+    for index, batch in enumerate(batches):
+        distill_step(trained, teacher, objectives, batch, {"targets": targets, "tokens": tokens})
+        if index < len(batches) - 1:
+            trained.step()
+    found = {n: safe_get_full_grad(p).clone() for n, p in trained.model.model.named_parameters()}
+    trained.close()
+    teacher.close()
+    return found
+
+
+def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
+    """The same by plain transformers and autograd, the objective written out in full: what the rest is checked by."""
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from makd_llm.config import DataConfig
+    from makd_llm.models.source import load_tokenizer
+    from makd_llm.train.build import build_loader, build_prompts
+
+    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64)
+    prompts = build_prompts(data, load_tokenizer(student))
+    batch = build_loader(data, prompts, batch_size=4, micro_batch_size=4, seed=1, pad_id=2).next_step()[0]
+    models = []
+    for path in (student, folder / "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        seen: dict[str, torch.Tensor] = {}
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2].endswith("_proj"):
+                module.register_forward_hook(lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o))
+            if name.startswith("model.layers.") and name.count(".") == 2:
+                module.register_forward_hook(lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o))
+        out = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_attentions=True)
+        models.append((model, out, seen))
+    (model, student_out, ours), (_, teacher_out, theirs) = models
+    real = batch.token_mask_BT
+    targets, tokens = batch.n_targets, batch.n_tokens
+
+    def relative(name: str) -> torch.Tensor:
+        teacher_NM = theirs[name][real].detach()
+        error_N = (ours[name][real] - teacher_NM).square().sum(-1) / teacher_NM.square().sum(-1)
+        return error_N.sum() / tokens
+
+    matrices = [n for n in ours if n.endswith("_proj") and int(n.split(".")[2]) < 2]
+    loss = sum(relative(n) for n in matrices) / len(matrices)
+    loss = loss + (relative("model.layers.2") + relative("model.layers.3")) / 2
+    for layer in (2, 3):
+        p, q = teacher_out.attentions[layer].detach(), student_out.attentions[layer]
+        kl = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-30).log()), 0.0)
+        loss = loss + kl.sum(-1).mean(1)[real].sum() / tokens / 2
+    wanted = batch.target_mask_BT
+    log_q = F.log_softmax(student_out.logits[wanted], -1)
+    log_p = F.log_softmax(teacher_out.logits[wanted].detach(), -1)
+    loss = loss + (log_p.exp() * (log_p - log_q)).sum() / targets
+    loss = loss + 0.3 * F.nll_loss(log_q, batch.labels_BT[wanted], reduction="sum") / targets
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def on_one_rank(folder: str) -> dict[str, Any]:
+    student = factorized(Path(folder))
+    return {
+        "plain": plain_gradients(Path(folder), student),
+        "batch 4": gradients(Path(folder), student, sizes(1, 4)),
+        "accumulation 2": gradients(Path(folder), student, sizes(1, 2)),
+        "stage 1": gradients(Path(folder), student, sizes(1, 4, stage=1)),
+        "left padding": gradients(Path(folder), student, sizes(1, 4), data={"padding_side": "left"}),
+        "checkpointing": gradients(Path(folder), student, sizes(1, 4), gradient_checkpointing=True),
+    }
+
+
+def on_two_ranks(folder: str) -> dict[str, Any]:
+    path = Path(folder)
+    student = factorized(path)
+    teacher_input = {"matrix": {"input": "teacher", "layers": "all"}}
+    return {
+        "2 ranks": gradients(path, student, sizes(2, 2)),
+        "2 ranks, teacher input": gradients(path, student, sizes(2, 2), objectives=teacher_input),
+        "teacher": teacher_untouched(path, student),
+        "memory": memory_over_steps(path, student),
+        "not finite": not_finite(path, student),
+        "staged": staged(path, student),
+    }
+
+
+def run_loop(folder: Path, student: Path, steps: int, after: Callable[[int], None] = lambda step: None, **changes: Any) -> Any:
+    from makd_llm.checkpoint.state import Checkpoints
+    from makd_llm.train.build import staged_shares
+    from makd_llm.train.loop import Loop, LoopSettings
+    from makd_llm.train.step import distill_step
+
+    spoil = changes.pop("spoil", lambda teacher: None)
+    distil = changes.get("distil", {})
+    trained, teacher, objectives, loader = parts(folder, student, sizes(2, 2), **changes)
+    spoil(teacher)
+    from makd_llm.config import DistilConfig
+
+    settings = LoopSettings("distil", steps, 10**9, max_bad_steps=3, staged=staged_shares(DistilConfig(**distil)))
+    run_dir = folder / f"run-{steps}"
+    loop = Loop(trained, objectives, loader, Checkpoints(run_dir / "checkpoints", keep=1, tell=print), settings, run_dir)
+
+    def step(batch: Any, counts: dict[str, float]) -> Any:
+        losses = distill_step(trained, teacher, objectives, batch, counts)
+        after(loop.step)
+        return losses
+
+    try:
+        loop.run(step)
+    finally:
+        result = (trained, teacher, loop)
+    return result
+
+
+def teacher_untouched(folder: Path, student: Path) -> dict[str, Any]:
+    from makd_llm.train.engine import whole_tensors
+
+    trained, teacher, _ = run_loop(folder, student, 2)
+    from makd_llm.checkpoint.folder import TensorReader
+
+    reader = TensorReader(folder / "teacher")
+    same = all(torch.equal(t, reader.get(n)) for n, t in whole_tensors(teacher.model))
+    result = {
+        "requires_grad": any(p.requires_grad for p in teacher.model.parameters()),
+        "grad": any(p.grad is not None for p in teacher.model.parameters()),
+        "same": same,
+        "training": teacher.model.training,
+    }
+    trained.close()
+    teacher.close()
+    return result
+
+
+def memory_over_steps(folder: Path, student: Path) -> list[int]:
+    """Resident bytes of this rank after steps 15 and 65."""
+    import gc
+
+    import psutil
+
+    seen = {}
+
+    def look(step: int) -> None:
+        if step in (15, 65):
+            gc.collect()
+            seen[step] = psutil.Process().memory_info().rss
+
+    trained, teacher, _ = run_loop(folder, student, 65, look)
+    trained.close()
+    teacher.close()
+    return [seen[15], seen[65]]
+
+
+def not_finite(folder: Path, student: Path) -> dict[str, Any]:
+    import deepspeed
+
+    from makd_llm.errors import Diverged
+
+    def spoil(teacher: Any) -> None:
+        norm = teacher.model.model.model.norm.weight
+        with deepspeed.zero.GatheredParameters([norm], modifier_rank=0):
+            norm.data.fill_(float("nan"))
+
+    with pytest.raises(Diverged, match="3 steps in a row"):
+        run_loop(folder, student, 7, spoil=spoil)
+    lines = (folder / "run-7" / "bad_steps.jsonl").read_text().splitlines()
+    return {"lines": [json.loads(line) for line in lines]}
+
+
+def staged(folder: Path, student: Path) -> list[list[str]]:
+    """Which losses were measured at each step of a staged schedule."""
+    distil = {"schedule": {"kind": "staged", "matrix": 0.25, "layer": 0.25, "model": 0.5}}
+    trained, teacher, _ = run_loop(folder, student, 8, distil=distil)
+    trained.close()
+    teacher.close()
+    lines = (folder / "run-8" / "metrics.jsonl").read_text().splitlines()
+    return [[k.removeprefix("loss/") for k in json.loads(line) if k.startswith("loss/")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny: Path) -> dict[str, Any]:
+    return launch_ranks(1, on_one_rank, str(tiny))[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny: Path) -> list[dict[str, Any]]:
+    return launch_ranks(2, on_two_ranks, str(tiny), timeout=400)
+
+
+def assert_same_gradient(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("split", ["batch 4", "accumulation 2", "stage 1", "left padding", "checkpointing"])
+def test_gradient_equals_plain_autograd_for_every_split(one_rank: dict[str, Any], split: str) -> None:
+    assert_same_gradient(one_rank[split], one_rank["plain"])
+
+
+def test_gradient_of_two_ranks_equals_that_of_one(
+    one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]
+) -> None:
+    for rank in two_ranks:
+        assert_same_gradient(rank["2 ranks"], one_rank["batch 4"])
+
+
+def test_teacher_input_reaches_every_factor_under_sharding(two_ranks: list[dict[str, Any]]) -> None:
+    found, usual = two_ranks[0]["2 ranks, teacher input"], two_ranks[0]["2 ranks"]
+    factors = [name for name in found if name.endswith((".down", ".up"))]
+    assert factors and all(found[name].abs().max() > 0 for name in factors)
+    assert any(not torch.allclose(found[name], usual[name]) for name in factors)
+
+
+def test_nothing_reaches_the_teacher(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        assert rank["teacher"] == {"requires_grad": False, "grad": False, "same": True, "training": False}
+
+
+def test_memory_does_not_grow_over_fifty_steps(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        before, after = rank["memory"]
+        assert after - before < 8 * 1024**2, f"{before} -> {after} bytes"
+
+
+def test_steps_without_a_finite_gradient_are_skipped_named_and_end_the_run(two_ranks: list[dict[str, Any]]) -> None:
+    lines = two_ranks[0]["not finite"]["lines"]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(len(line["record_ids"]) == 4 for line in lines)
+
+
+def test_staged_levels_take_turns(two_ranks: list[dict[str, Any]]) -> None:
+    measured = two_ranks[0]["staged"]
+    assert measured[:2] == [["matrix"]] * 2
+    assert measured[2:4] == [["attention", "hidden"]] * 2
+    assert measured[4:] == [["cross_entropy", "logits"]] * 4
