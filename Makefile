@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo "setup: no gcc and g++ found, with which DeepSpeed compiles its operators; install them (Debian, Ubuntu: build-essential)" >&2; exit 2; }
 	@echo "setup: making $(VENV) with $$($(PYTHON) -V) and installing into it (some minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "setup: compiling DeepSpeed's operator for messages between CPU processes (once)"
 	@DS_ACCELERATOR=cpu $(BIN)/python -c 'from makd_llm import distributed; distributed.init()' >$(VENV)/operators.log 2>&1 || { cat $(VENV)/operators.log >&2; exit 1; }
 	@touch $@

@@ -26,6 +26,7 @@ class LinearCase(NamedTuple):
     vocab: int
     student_size: int
     teacher_size: int
+    divergences: tuple[str, ...] = ("forward_kl",)
 
 
 ATTENTION_CPU = (
@@ -39,7 +40,7 @@ ATTENTION_ACCELERATOR = (
     AttentionCase("7B layer, long", 1, 32, 8, 8192, 128),
 )
 LINEAR_CPU = (
-    LinearCase("demo step", 256, 49152, 576, 576),
+    LinearCase("demo step", 256, 49152, 576, 576, ("forward_kl", "reverse_kl", "jsd")),
     LinearCase("large batch", 4096, 49152, 576, 576),
 )
 LINEAR_ACCELERATOR = (

@@ -43,9 +43,10 @@ def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str)
     from makd_llm.pipeline import Run
 
     distributed.quiet()
+    run = Run(checked, ds)
     distributed.init()
     try:
-        Run(checked, ds).execute(until)
+        run.execute(until)
     finally:
         distributed.shutdown()
 
@@ -99,15 +100,20 @@ def export(
     student: Annotated[Path, typer.Argument(help="A factored student's folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Dense weights in the teacher's architecture.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: as it is.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Writes a student as a dense model that stock transformers loads (`--merge`), or copies it factored."""
-    from makd_llm.checkpoint import export as exporting
+    """Writes a student anew: factored, or (`--merge`) as a dense model that stock transformers loads."""
+    import torch
 
-    if merge:
-        exporting.merge(student, out)
-    else:
-        exporting.copy_lowrank(student, out)
+    from makd_llm.checkpoint import export as exporting
+    from makd_llm.errors import UserError
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype is not None and dtype not in known:
+        raise UserError(f"--dtype {dtype}: not one of {', '.join(known)}")
+    write = exporting.merge if merge else exporting.rewrite
+    write(student, out, dtype=known[dtype] if dtype else None)
     print(f"written: {out}")
 
 

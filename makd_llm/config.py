@@ -275,6 +275,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     where = str(path) if path else "defaults"
     try:
         from_file = OmegaConf.load(path) if path else OmegaConf.create({})
+        if not OmegaConf.is_dict(from_file):
+            raise UserError(f"{where}: expected keys and values at the top level, found a list or a single value")
         given = OmegaConf.merge(from_file, OmegaConf.from_dotlist(overrides))
         plain = OmegaConf.to_container(given, resolve=True)
     except FileNotFoundError:

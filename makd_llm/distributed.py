@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,16 +62,23 @@ def init() -> None:
 
 
 def quiet() -> None:
-    """Keep what libraries log of themselves to warnings, and on ranks other than 0 to errors."""
-    level = logging.WARNING if is_main() else logging.ERROR
+    """Let this program speak (rank 0), and of the libraries only what is an error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torch deprecates collectives that DeepSpeed still calls, at every step anew.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    own = logging.getLogger("makd_llm")
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        own.addHandler(handler)
+    own.setLevel(logging.INFO if is_main() else logging.ERROR)
 
 
 def shutdown() -> None:

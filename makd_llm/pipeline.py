@@ -19,8 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from makd_llm import distributed
-from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge
-from makd_llm.checkpoint.export import write_lowrank as write_model
+from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge, write_model
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.config import RunConfig, TrainConfig, dump_config
@@ -54,7 +53,8 @@ STAGES = ("sft", "factorize", "distil", "evaluate")
 
 
 class Run:
-    """One run: its config, its DeepSpeed JSON, its folder."""
+    """One run: its config, its DeepSpeed JSON, its folder. Whatever contradicts itself in the two files is found
+    here, before processes are joined and anything is loaded."""
 
     def __init__(self, config: RunConfig, ds_path: Path) -> None:
         self.config = config
@@ -64,7 +64,6 @@ class Run:
         self.dir = config.run_dir
         self.stages = Stages(self.dir)
         self._check_batches()
-        distributed.on_main(self._open_folder)
 
     @staticmethod
     def tell(text: str) -> None:
@@ -75,11 +74,12 @@ class Run:
     def execute(self, until: str = STAGES[-1]) -> None:
         """Runs the stages in order, up to and with `until`."""
         wanted = STAGES[: STAGES.index(until) + 1]
+        distributed.on_main(self._open_folder)
         lock = distributed.on_main(_lock, self.dir)
         try:
             self._execute(wanted)
         finally:
-            if distributed.is_main() and lock:
+            if distributed.is_main():
                 _LOCKS.pop(lock).release()
 
     def _execute(self, wanted: tuple[str, ...]) -> None:

@@ -1,7 +1,10 @@
-"""Settings that hold for every test, and for the processes that tests start."""
+"""Settings that hold for every test and for the processes that tests start; a tiny teacher and its data."""
 
+import json
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Set before torch is imported. Tests are many small processes, each of which is to keep to itself.
@@ -11,3 +14,50 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The same examples in every run; and a busy machine is no failure.
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
+
+WORDS = "the cat sat on a mat while rain fell over old town and nobody came to see it again".split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher/ (a random Llama with grouped heads and tied embeddings), train.jsonl and validation.jsonl."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = []
+    for index in range(40):
+        words = [WORDS[(index * 7 + k * (1 + index % 5)) % len(WORDS)] for k in range(8 + index % 9)]
+        rows.append({"id": f"r{index}", "document": " ".join(words), "summary": " ".join(words[: 2 + index % 3])})
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((row["document"] for row in rows), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,  # otherwise that token's embedding is zero
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    fast.save_pretrained(folder / "teacher")
+    return folder

@@ -1,6 +1,6 @@
 """Students as Hugging Face folders: factored, or merged into dense weights; and what they count.
 
-`write_lowrank` writes the factored form: every factorized matrix as `down` and `up`, a config that
+`write_model` writes the factored form: every factorized matrix as `down` and `up`, a config that
 names the ranks, and a copy of modeling_lowrank.py. It loads with `AutoModelForCausalLM` after
 `import makd_llm`, and elsewhere with `trust_remote_code=True`. `merge` multiplies the factors out,
 one matrix at a time, into the teacher's own architecture, which needs no code of ours: it is as
@@ -60,7 +60,7 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def write_lowrank(
+def write_model(
     folder: str | Path,
     config: PreTrainedConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -69,11 +69,11 @@ def write_lowrank(
     *,
     max_shard_bytes: int = 2 * 1024**3,
 ) -> None:
-    """Write a factored student as a Hugging Face folder, which appears whole or not at all.
+    """Write a model, factored or dense, as a Hugging Face folder, which appears whole or not at all.
 
     Args:
         folder: the target; a model folder that stands there is replaced.
-        config: the low-rank config (`modeling_lowrank.lowrank_config`). Its dtype becomes that of
+        config: the model's config, low-rank (`modeling_lowrank.lowrank_config`) or plain. Its dtype becomes that of
             the first tensor.
         tensors: (name in the model, tensor) pairs, taken one by one. A second name of a tied weight
             is left out.
@@ -114,7 +114,7 @@ def merge(
     generation settings are copied.
 
     Args:
-        lowrank_folder: what `write_lowrank` or `save_pretrained` wrote.
+        lowrank_folder: what `write_model` or `save_pretrained` wrote.
         out_folder: the target; stock transformers loads it.
         dtype: of the written floating-point tensors; None keeps that of the folder's.
 
@@ -140,6 +140,24 @@ def merge(
         for name, tensor in _merged_tensors(reader, config):
             writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
         write_config(writer.staging, merged)
+        _copy_companions(source, writer.staging)
+
+
+def rewrite(
+    folder: str | Path, out_folder: str | Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model folder anew, factored as it is, tensor by tensor; arguments and errors as `merge`."""
+    source, target = Path(folder), Path(out_folder)
+    config = read_config(source)
+    if source.resolve() == target.resolve():
+        raise UserError(f"{target} is the folder to be copied itself; choose another one to write")
+    reader = TensorReader(source)
+    with TensorWriter(target) as writer:
+        for name in expected_shapes(config):
+            tensor = reader.get(name)
+            writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+        config.dtype = dtype or config.dtype
+        write_config(writer.staging, config)
         _copy_companions(source, writer.staging)
 
 

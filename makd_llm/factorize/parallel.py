@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.checkpoint.export import expected_shapes, write_lowrank
+from makd_llm.checkpoint.export import expected_shapes, write_model
 from makd_llm.checkpoint.folder import TensorReader, read_config
 from makd_llm.factorize.decompose import Factors, svd, whitened
 from makd_llm.factorize.ranks import uniform_rank
@@ -147,7 +147,7 @@ def _assemble(
     if (teacher / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(teacher, local_files_only=True)
     tensors = _student_tensors(TensorReader(teacher), parts, set(ranks), lowrank_config(config, ranks))
-    write_lowrank(student, lowrank_config(config, ranks), tensors, generation, tokenizer)
+    write_model(student, lowrank_config(config, ranks), tensors, generation, tokenizer)
     shutil.rmtree(parts)
 
 

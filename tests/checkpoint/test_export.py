@@ -25,7 +25,7 @@ from makd_llm.checkpoint.export import (
     count_parameters,
     expected_shapes,
     merge,
-    write_lowrank,
+    write_model,
 )
 from makd_llm.checkpoint.folder import TensorReader, TensorWriter, read_config, write_config
 from makd_llm.errors import UserError
@@ -96,7 +96,7 @@ def load_with_info(folder: Path) -> Any:
 
 def write_student(teacher: Any, folder: Path, **options: Any) -> None:
     ranks, tensors = factored(teacher)
-    write_lowrank(folder, lowrank_config(teacher.config, ranks), tensors.items(), **options)
+    write_model(folder, lowrank_config(teacher.config, ranks), tensors.items(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_product_of_half_precision_factors_is_rounded_once(tmp_path: Path) -> 
     teacher = tiny_teacher("llama").bfloat16()
     ranks, tensors = factored(teacher)
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    write_lowrank(tmp_path / "student", lowrank_config(teacher.config, ranks), tensors.items())
+    write_model(tmp_path / "student", lowrank_config(teacher.config, ranks), tensors.items())
     assert read_config(tmp_path / "student").dtype == torch.bfloat16
     merge(tmp_path / "student", tmp_path / "merged")
     name = "model.layers.1.mlp.down_proj"
@@ -304,7 +304,7 @@ def test_old_buffers_and_a_stored_tied_head_are_not_counted(tmp_path: Path) -> N
     assert count.total == sum(parameter.numel() for parameter in teacher.parameters())
 
 
-def test_write_lowrank_takes_exactly_the_models_tensors(tmp_path: Path) -> None:
+def test_write_model_takes_exactly_the_models_tensors(tmp_path: Path) -> None:
     teacher = tiny_teacher("llama")
     ranks, tensors = factored(teacher)
     config = lowrank_config(teacher.config, ranks)
@@ -316,6 +316,6 @@ def test_write_lowrank_takes_exactly_the_models_tensors(tmp_path: Path) -> None:
     }
     for said, given in wrong.items():
         with pytest.raises(ValueError, match=said):
-            write_lowrank(tmp_path / "student", config, given.items())
+            write_model(tmp_path / "student", config, given.items())
     assert list(tmp_path.iterdir()) == []
     assert expected_shapes(config).keys() == tensors.keys()

@@ -14,7 +14,7 @@ from torch import Tensor
 from makd_kernels.divergences import DIVERGENCES, Rows, Weights, exponentials
 from makd_kernels.linear_divergence.settings import IGNORED_LABEL, Settings
 
-TILE_BYTES_CPU = 2**19  # of one buffer, per thread; a tile has four
+TILE_BYTES_CPU = 2**20  # of one buffer, per thread; a tile has four
 TILE_BYTES_OTHER = 2**27
 
 

@@ -1,0 +1,77 @@
+"""Every wrong input ends in one line that says what, where and what to do, with exit code 2 and no traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from makd_llm.cli import main
+
+ZERO3 = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json")
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong call prints."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "trian"),
+        (["train"], "--ds"),
+        (["train", "--ds", "none.json"], "none.json: no such DeepSpeed config"),
+        (["train", "--ds", ZERO3, "--config", "none.yaml"], "none.yaml: no such config file"),
+        (["train", "--ds", ZERO3, "student.keep_ratio=7"], "student.keep_ratio"),
+        (["train", "--ds", ZERO3, "studnet.keep_ratio=0.5"], "did you mean student?"),
+        (["train", "--ds", ZERO3, "--oops"], "--oops"),
+        (["train", "--ds", ZERO3, "distil.train.batch_size=7", "distil.train.micro_batch_size=2"], "batch size 7"),
+        (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
+        (["export", "nowhere", "out", "--merge"], "nowhere"),
+        (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),
+    ],
+)
+def test_wrong_calls(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert words in ended(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("teacher.model=/no/such/folder", "/no/such/folder: no such folder"),
+        ("teacher.model={tmp}/x.gguf", "x.gguf: no such file"),
+        ("teacher.model={tmp}", "no config.json"),
+        ("teacher.model={tmp}/mamba", "model_type"),
+        ("teacher.model=builtin:gpt5", "gpt5"),
+        ("run_dir={tmp}/a_file", "a_file: cannot be written"),
+    ],
+)
+def test_wrong_teachers_and_folders(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, words: str
+) -> None:
+    (tmp_path / "mamba").mkdir()
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    (tmp_path / "mamba" / "model.safetensors").touch()
+    (tmp_path / "a_file").touch()
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    assert words in ended(capsys, "train", "--ds", ZERO3, run_dir, override.format(tmp=tmp_path))
+
+
+def test_debug_shows_the_traceback() -> None:
+    from makd_llm.errors import UserError
+
+    with pytest.raises(UserError):
+        main(["train", "--ds", "none.json", "--debug"])
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("train", "sft", "factorize", "evaluate", "export"))

@@ -1,0 +1,85 @@
+"""A run's config: what is refused, in which words, and what presets mean."""
+
+from pathlib import Path
+
+import pytest
+
+from makd_llm.config import PRESETS, dump_config, load_config
+from makd_llm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distil.objectves.matrix.weight=1", "unknown key distil.objectves; did you mean objectives?"),
+        ("distil.train.stepz=5", "unknown key distil.train.stepz; did you mean steps?"),
+        ("student.keep_ratio=1.5", "student.keep_ratio: input should be less than or equal to 1, found 1.5"),
+        ("student.keep_ratio=0", "student.keep_ratio: input should be greater than 0"),
+        ("distil.train.steps=many", "distil.train.steps: input should be a valid integer"),
+        ("distil.preset=mkd", "distil.preset: input should be 'makd', 'kd' or 'finetune'"),
+        ("distil.objectives.matrix.layers=top", "distil.objectives.matrix.layers"),
+        ("distil=3", "distil: input should be a valid dictionary"),
+        ("distil.schedule={kind: staged, matrix: 0, layer: 0, model: 0}", "are all 0"),
+        ("seed", "not of the form key.path=value"),
+        ("run_dir=${nothing}", "Interpolation key 'nothing' not found"),
+    ],
+)
+def test_wrong_values_give_one_line_that_names_them(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "not readable as a config"),
+        (b"- 1\n- 2\n", "found a list or a single value"),
+        (b"\xff\xfe\xfa", "not UTF-8"),
+        (b"studnt: {}\n", "unknown key studnt; did you mean student?"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(path, [])
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "no.yaml", "no such config file"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=words):
+            load_config(path, [])
+
+
+def test_overrides_win_over_the_file_and_single_objectives_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\ndistil: {preset: kd, objectives: {hidden: {weight: 0.5}}}\n")
+    config = load_config(path, ["seed=4"])
+    assert config.seed == 4
+    assert config.distil.objectives.hidden.weight == 0.5
+    assert config.distil.objectives.matrix.weight == config.distil.objectives.attention.weight == 0
+
+
+def test_presets_are_what_they_are_called() -> None:
+    weights = {}
+    for preset in PRESETS:
+        objectives = load_config(None, [f"distil.preset={preset}"]).distil.objectives
+        weights[preset] = {name: getattr(objectives, name).weight for name in type(objectives).model_fields}
+    assert all(weight > 0 for weight in weights["makd"].values())
+    assert {name for name, weight in weights["kd"].items() if weight} == {"cross_entropy", "logits"}
+    assert {name for name, weight in weights["finetune"].items() if weight} == {"cross_entropy"}
+
+
+def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = load_config(None, ["distil.objectives.matrix.layers=[0,2]", "distil.preset=kd"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path, []) == config
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path, [])

@@ -1,0 +1,175 @@
+"""The main job as a person runs it: two ranks under the deepspeed launcher, killed, resumed, exported, refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def command(tiny: Path, run_dir: Path, *more: str) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "0"]
+    launcher[-1] = str(_free_port())
+    return [
+        *launcher,
+        str(CHECKOUT / "train.py"),
+        "--ds",
+        str(CHECKOUT / "ds_configs" / "zero3.json"),
+        "--config",
+        str(tiny / "run.yaml"),
+        f"run_dir={run_dir}",
+        *more,
+    ]
+
+
+def _free_port() -> int:
+    from makd_llm import distributed
+
+    return distributed.free_port()
+
+
+def environment() -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def run(tiny: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(tiny, run_dir, *more), capture_output=True, text=True, env=environment(), timeout=300
+    )
+
+
+def steps_done(run_dir: Path, stage: str) -> int:
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+    except OSError:
+        return 0
+    return max((e["step"] for e in entries if e["stage"] == stage), default=0)
+
+
+def kill_in_the_middle(tiny: Path, run_dir: Path, step: int) -> None:
+    """Starts the run, and ends every process of it with SIGKILL once distillation has passed `step`."""
+    process = subprocess.Popen(
+        command(tiny, run_dir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while steps_done(run_dir, "distil") < step:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Path) -> Path:
+    (tiny / "run.yaml").write_text(f"""
+teacher: {{model: {tiny}/teacher}}
+data: {{source: {tiny}, max_length: 64}}
+sft: {{enabled: true, train: {{steps: 3, batch_size: 4, checkpoint_every: 2}}}}
+student: {{calibration_records: 8, calibration_batch: 4}}
+distil: {{train: {{steps: 8, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 3}}}}
+evaluation: {{records: 8, generate_records: 4, max_new_tokens: 4, batch_size: 2}}
+merge: true
+""")
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path) -> tuple[Path, str]:
+    """An uninterrupted run, and what it printed."""
+    done = run(config, config / "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return config / "whole", done.stdout
+
+
+def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "teacher",
+                "factorized", "student", "student-merged", "evaluation.json", "samples.jsonl"}  # fmt: skip
+    assert expected <= {path.name for path in folder.iterdir()}
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert list(evaluation["models"]) == ["teacher", "factorized", "student", "lead-3"]
+    student = evaluation["models"]["student"]
+    stored = load_file(folder / "student" / "model.safetensors")
+    assert student["parameters"]["total"] == sum(tensor.numel() for tensor in stored.values())
+    assert f"{student['perplexity']['value']:.2f}" in printed, "the table is what the run ends with"
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(samples[0])
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if s["stage"] == "distil"] == list(range(1, 9))
+
+
+def test_the_exported_student_loads_and_its_merged_form_agrees(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import makd_llm  # noqa: F401  (makes the Auto classes know the student)
+
+    folder, _ = finished
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "student-merged", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours, theirs = student(ids).logits, merged(ids).logits
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    # The merged weights are the product rounded to bf16: one part in 256.
+    assert (ours - theirs).norm() < 0.02 * ours.norm()
+
+
+def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
+    config: Path, finished: tuple[Path, str]
+) -> None:
+    whole, _ = finished
+    broken = config / "broken"
+    kill_in_the_middle(config, broken, step=5)
+    again = run(config, broken)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "sft: stands in" in again.stdout and "resumed at step" in again.stderr
+    for name in ("teacher", "factorized", "student"):
+        first, second = (load_file(folder / name / "model.safetensors") for folder in (whole, broken))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    losses = [
+        {e["step"]: e["loss"] for e in map(json.loads, (f / "metrics.jsonl").open()) if e["stage"] == "distil"}
+        for f in (whole, broken)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_changed_config_makes_its_stage_and_the_later_ones_run_again(
+    config: Path, finished: tuple[Path, str]
+) -> None:
+    folder = config / "changed"
+    shutil.copytree(finished[0], folder)
+    done = run(config, folder, "student.keep_ratio=0.4", "merge=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sft: stands in" in done.stdout
+    assert "factorize: runs again, because student.keep_ratio changed from 0.5 to 0.4" in done.stdout
+    assert "distil: runs again, because the stage before it changed" in done.stdout
+
+
+def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:
+    run_dir = config / "terminated"
+    single = [sys.executable, str(CHECKOUT / "train.py"), *command(config, run_dir)[6:], "distil.train.steps=500"]
+    process = subprocess.Popen(single, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while steps_done(run_dir, "distil") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "state saved" in errors.strip().splitlines()[-1]
+    pointer = (run_dir / "checkpoints" / "distil" / "latest").read_text()
+    assert int(pointer.removeprefix("step-")) >= 4

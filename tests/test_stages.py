@@ -1,0 +1,36 @@
+"""Results are kept while their config stands, and made again, with a reason, when it changed."""
+
+from pathlib import Path
+
+from makd_llm.stages import Stages, digest
+
+
+def test_a_stage_stands_only_when_done_under_the_same_key(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    key = {"train": {"steps": 4}, "after": "x"}
+    assert not stages.stands("sft", key)
+    stages.mark("sft", key, done=False)
+    assert not stages.stands("sft", key)
+    stages.mark("sft", key, done=True)
+    assert Stages(tmp_path).stands("sft", {"after": "x", "train": {"steps": 4}})
+    assert not stages.stands("sft", {"train": {"steps": 5}, "after": "x"})
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    assert stages.change("sft", {"a": 1}) is None, "a stage that never ran did not change"
+    stages.mark("sft", {"train": {"steps": 4}, "after": "x"}, done=True)
+    assert stages.change("sft", {"train": {"steps": 5}, "after": "x"}) == "train.steps changed from 4 to 5"
+    assert stages.change("sft", {"train": {"steps": 4}, "after": "y"}) == "the stage before it changed"
+    assert stages.change("sft", {"train": {"steps": 4}, "after": "x"}) is None
+
+
+def test_a_damaged_record_means_that_nothing_stands(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    stages.mark("sft", {"a": 1}, done=True)
+    (tmp_path / "stages.json").write_text('{"sft": {"ke')
+    assert not stages.stands("sft", {"a": 1})
+
+
+def test_digest_depends_on_content_and_not_on_order() -> None:
+    assert digest({"a": 1, "b": Path("x")}) == digest({"b": Path("x"), "a": 1}) != digest({"a": 2, "b": Path("x")})

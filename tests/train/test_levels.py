@@ -1,0 +1,34 @@
+"""The balance of the levels and the turns they take."""
+
+import pytest
+
+from makd_llm.train.levels import LevelBalance, staged_level
+
+
+def test_balance_brings_the_levels_to_their_shares_and_leaves_the_model_level_alone() -> None:
+    balance = LevelBalance({"matrix": 1.0, "layer": 2.0, "model": 4.0}, every=5)
+    losses = {"matrix": 30.0, "layer": 0.01, "model": 2.0}
+    balance.measure(losses)
+    assert balance.multiplier["model"] == 1.0
+    weighted = {level: balance.multiplier[level] * loss for level, loss in losses.items()}
+    assert weighted["matrix"] / weighted["model"] == pytest.approx(1 / 4)
+    assert weighted["layer"] / weighted["model"] == pytest.approx(2 / 4)
+
+
+def test_levels_without_loss_or_share_are_left_alone() -> None:
+    balance = LevelBalance({"matrix": 1.0, "layer": 0.0, "model": 1.0}, every=1)
+    balance.measure({"matrix": 0.0, "layer": 3.0})
+    assert balance.multiplier == {}
+
+
+def test_it_is_due_at_the_first_step_and_every_n_after() -> None:
+    balance = LevelBalance({}, every=3)
+    assert [step for step in range(1, 9) if balance.due(step)] == [1, 4, 7]
+
+
+def test_stages_follow_their_shares() -> None:
+    shares = {"matrix": 0.25, "layer": 0.25, "model": 0.5}
+    turns = [staged_level(step, 8, shares) for step in range(1, 9)]
+    assert turns == ["matrix"] * 2 + ["layer"] * 2 + ["model"] * 4
+    shares = {"matrix": 0.0, "layer": 1.0, "model": 2.0}
+    assert [staged_level(step, 3, shares) for step in (1, 2, 3)] == ["layer", "model", "model"]
