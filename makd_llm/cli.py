@@ -135,12 +135,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    """One line from one rank. The launcher ends the others as soon as one exits; rank 0 speaks first."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    """One line, from one rank: the launcher ends the others as soon as one exits, and rank 0 speaks first."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and int(os.environ.get("RANK", "0")) != 0:
         time.sleep(5)
     print(f"makd: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code) if "RANK" in os.environ else sys.exit(code)
+    if several:
+        sys.stdout.flush()
+        os._exit(code)  # a peer that waits in a collective must not keep this rank from ending
+    sys.exit(code)
 
 
 if __name__ == "__main__":
