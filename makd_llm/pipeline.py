@@ -42,6 +42,7 @@ from makd_llm.train.build import (
     build_objectives,
     build_prompts,
     build_records,
+    build_schedule,
     staged_shares,
 )
 from makd_llm.train.deepspeed_config import dtype_of, frozen_config, read_deepspeed_config, training_config
@@ -175,7 +176,10 @@ class Run:
         if loader.describe_skipped():
             self.tell(f"{stage}: {loader.describe_skipped()}")
         model = Trained(
-            load_sharded(start, ds, self.dtype), ds, gradient_checkpointing=train.gradient_checkpointing
+            load_sharded(start, ds, self.dtype),
+            ds,
+            gradient_checkpointing=train.gradient_checkpointing,
+            schedule=build_schedule(train),
         )
         frozen = self._frozen(teacher, micro) if teacher else None
         distilling = stage == "distil"

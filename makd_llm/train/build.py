@@ -1,9 +1,12 @@
 """From the run's config to objects: the only place where `train` reads the config."""
 
+import math
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.config import DataConfig, DistilConfig, Layers
+from makd_llm.config import DataConfig, DistilConfig, Layers, TrainConfig
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import RecordList, RecordStream, load_records
@@ -104,6 +107,23 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
     if distil.schedule.kind == "staged":
         _check_schedule(distil, objectives)
     return objectives
+
+
+def build_schedule(train: TrainConfig) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine down to a tenth of the peak, as a function of the step (from 0).
+
+    The first step already learns and the last still does. (DeepSpeed's WarmupCosineLR, which a JSON with a
+    "scheduler" gets, takes its first steps with a learning rate of 0: two of a short run's twenty.)
+    """
+    warmup, steps = train.warmup, train.steps
+
+    def share_of_peak(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup + 1) / max(1, steps - warmup))
+        return 0.1 + 0.9 * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+    return share_of_peak
 
 
 def build_balance(distil: DistilConfig) -> LevelBalance | None:

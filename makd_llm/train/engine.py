@@ -6,13 +6,15 @@ it a gradient.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
@@ -65,15 +67,24 @@ class Trained:
     """A model that learns: the student, or the teacher while it is tuned."""
 
     def __init__(
-        self, model: CausalModel, deepspeed_config: dict[str, Any], *, gradient_checkpointing: bool = False
+        self,
+        model: CausalModel,
+        deepspeed_config: dict[str, Any],
+        *,
+        gradient_checkpointing: bool = False,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
+        """schedule: step (from 0) -> share of the peak learning rate; ignored where the JSON has a scheduler."""
         if gradient_checkpointing:
             # Reentrant checkpointing would cut captured tensors off from autograd.
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         self.model = model
         self.engine, *_ = deepspeed.initialize(
-            model=model, config=deepspeed_config, model_parameters=list(model.parameters())
+            model=model,
+            config=deepspeed_config,
+            model_parameters=list(model.parameters()),
+            lr_scheduler=None if schedule is None or "scheduler" in deepspeed_config else partial(LambdaLR, lr_lambda=schedule),
         )
         self.accumulation_steps: int = self.engine.gradient_accumulation_steps()
         self.data_parallel_size: int = self.engine.dp_world_size
@@ -104,8 +115,8 @@ class Trained:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group."""
-        return float(self.engine.get_lr()[0])
+        """Of the first parameter group, as the next step will use it."""
+        return float(self.engine.optimizer.param_groups[0]["lr"])
 
     @property
     def gradient_norm(self) -> float:

@@ -100,6 +100,7 @@ class Loop:
         """One optimizer step over all ranks; returns whether any rank was asked to stop."""
         began = time.monotonic()
         self.step += 1
+        learning_rate = self.model.learning_rate
         self._set_multipliers()
         batches = self.loader.next_step()
         counts = torch.tensor(
@@ -123,7 +124,7 @@ class Loop:
             metrics.write(self.step, {
                 "loss": sum(self._weight(n) * v for n, v in means.items()),
                 **{f"loss/{name}": value for name, value in means.items()},
-                "gradient_norm": self.model.gradient_norm, "learning_rate": self.model.learning_rate,
+                "gradient_norm": self.model.gradient_norm, "learning_rate": learning_rate,
                 "tokens": int(tokens), "tokens_per_second": tokens / seconds, "seconds": seconds,
                 "epoch": self.loader.epoch, "skipped_steps": self.skipped,
             })  # fmt: skip

@@ -32,3 +32,14 @@ def test_stages_follow_their_shares() -> None:
     assert turns == ["matrix"] * 2 + ["layer"] * 2 + ["model"] * 4
     shares = {"matrix": 0.0, "layer": 1.0, "model": 2.0}
     assert [staged_level(step, 3, shares) for step in (1, 2, 3)] == ["layer", "model", "model"]
+
+
+def test_the_schedule_learns_from_the_first_step_to_the_last() -> None:
+    from makd_llm.config import TrainConfig
+    from makd_llm.train.build import build_schedule
+
+    share = build_schedule(TrainConfig(steps=20, warmup_steps=4))
+    values = [share(step) for step in range(20)]
+    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert values[4:] == sorted(values[4:], reverse=True)
+    assert values[-1] == pytest.approx(0.1)
