@@ -1,7 +1,7 @@
 """The command line: `makd …`, and `train.py` for the deepspeed launcher.
 
-Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback. Other exit codes:
-75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged.
+Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback.
+Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged.
 """
 
 import json
@@ -28,9 +28,15 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Ds = Annotated[Path, typer.Option("--ds", help="DeepSpeed's JSON, for example ds_configs/zero3.json.")]
-Config = Annotated[Path | None, typer.Option("--config", help="The run's YAML; without it, the demo.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)]
+Ds = Annotated[
+    Path, typer.Option("--ds", help="DeepSpeed's JSON, for example ds_configs/zero3.json.")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="The run's YAML; without it, the demo.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)
+]
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -38,7 +44,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str) -> None:
     from makd_llm.config import load_config
 
-    checked = load_config(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None), overrides or [])
+    checked = load_config(
+        config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None), overrides or []
+    )
     from makd_llm import distributed
     from makd_llm.pipeline import Run
 
@@ -59,7 +67,9 @@ def train(
     local_rank: LocalRank = 0,
     debug: Debug = False,
 ) -> None:
-    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are skipped."""
+    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are
+    skipped.
+    """
     _run(ds, config, overrides, "evaluate")
 
 
@@ -70,7 +80,9 @@ def sft(ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug
 
 
 @app.command()
-def factorize(ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def factorize(
+    ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False
+) -> None:
     """Cuts the student from the teacher, and stops there."""
     _run(ds, config, overrides, "factorize")
 
@@ -78,7 +90,9 @@ def factorize(ds: Ds, config: Config = None, overrides: Overrides = None, debug:
 @app.command()
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of the table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print evaluation.json instead of the table.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Shows the table of a finished run."""
@@ -87,7 +101,9 @@ def evaluate(
 
     path = run_dir / "evaluation.json"
     if not path.is_file():
-        raise UserError(f"{path}: missing; run `makd train` with run_dir={run_dir} to the end first")
+        raise UserError(
+            f"{path}: missing; run `makd train` with run_dir={run_dir} to the end first"
+        )
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
@@ -99,11 +115,17 @@ def evaluate(
 def export(
     student: Annotated[Path, typer.Argument(help="A factored student's folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Dense weights in the teacher's architecture.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: as it is.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Dense weights in the teacher's architecture.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; default: as it is.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Writes a student anew: factored, or (`--merge`) as a dense model that stock transformers loads."""
+    """Writes a student anew: factored, or (`--merge`) as a dense model that stock transformers
+    loads.
+    """
     import torch
 
     from makd_llm.checkpoint import export as exporting
@@ -135,7 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    """One line, from one rank: the launcher ends the others as soon as one exits, and rank 0 speaks first."""
+    """One line, from one rank: the launcher ends the others as soon as one exits, and rank 0 speaks
+    first.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and int(os.environ.get("RANK", "0")) != 0:
         time.sleep(5)

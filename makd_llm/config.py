@@ -1,10 +1,12 @@
 """A run, described by frozen pydantic models.
 
-One YAML file (`--config`) and any number of `key.path=value` overrides become one `RunConfig`; OmegaConf merges
-them, pydantic checks them. Unknown keys are refused by path, with the nearest known key. What DeepSpeed's own JSON
-(`--ds`) rules is not here: ds_configs/README.md says which side owns which key, `train/engine.py` joins the two.
+One YAML file (`--config`) and any number of `key.path=value` overrides become one `RunConfig`;
+OmegaConf merges them, pydantic checks them. Unknown keys are refused by path, with the nearest
+known key. What DeepSpeed's own JSON (`--ds`) rules is not here: ds_configs/README.md says which
+side owns which key, `train/engine.py` joins the two.
 
-Only the pipeline, the command line and `build_*` functions read this; classes below them take plain arguments.
+Only the pipeline, the command line and `build_*` functions read this; classes below them take plain
+arguments.
 """
 
 import difflib
@@ -43,7 +45,9 @@ class PromptConfig(Section):
     """How a record becomes a prompt. Templates may name any column of the record."""
 
     chat: bool | None = None
-    """True: the tokenizer's chat template; False: `template`; null: chat where the tokenizer has it."""
+    """True: the tokenizer's chat template; False: `template`; null: chat where the tokenizer has
+    it.
+    """
     system: str | None = None
     instruction: str = "Summarize the following text."
     user_template: str = "{instruction}\n\n{document}"
@@ -77,7 +81,9 @@ class TeacherConfig(Section):
 
 
 class TrainConfig(Section):
-    """One training stage. Fills the "auto" entries of the DeepSpeed JSON; null leaves a key to the JSON."""
+    """One training stage. Fills the "auto" entries of the DeepSpeed JSON; null leaves a key to the
+    JSON.
+    """
 
     steps: Positive = 100
     batch_size: Positive | None = 8
@@ -189,7 +195,9 @@ class BalanceConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """`joint`: all levels at once. `staged`: matrix, then layer, then model, with these shares of the steps."""
+    """`joint`: all levels at once. `staged`: matrix, then layer, then model, with these shares of
+    the steps.
+    """
 
     kind: Literal["joint", "staged"] = "joint"
     matrix: NotNegative = 0.25
@@ -204,7 +212,9 @@ class ScheduleConfig(Section):
 
 
 class DistilConfig(Section):
-    """The distillation stage. `preset` sets weights; single objectives may still be changed after it."""
+    """The distillation stage. `preset` sets weights; single objectives may still be changed after
+    it.
+    """
 
     preset: Literal["makd", "kd", "finetune"] = "makd"
     objectives: ObjectivesConfig = ObjectivesConfig()
@@ -263,7 +273,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
-    """Reads a YAML file (or none: all defaults), applies `key.path=value` overrides, and checks the result.
+    """Reads a YAML file (or none: all defaults), applies `key.path=value` overrides, and checks the
+    result.
 
     Raises UserError: missing or malformed file, unknown key, wrong type, value out of range.
     """
@@ -276,7 +287,10 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     try:
         from_file = OmegaConf.load(path) if path else OmegaConf.create({})
         if not OmegaConf.is_dict(from_file):
-            raise UserError(f"{where}: expected keys and values at the top level, found a list or a single value")
+            raise UserError(
+                f"{where}: expected keys and values at the top level, "
+                "found a list or a single value"
+            )
         given = OmegaConf.merge(from_file, OmegaConf.from_dotlist(overrides))
         plain = OmegaConf.to_container(given, resolve=True)
     except FileNotFoundError:
@@ -293,7 +307,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
             f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
         )
     try:
-        return RunConfig.model_validate(with_preset(plain))
+        return RunConfig.model_validate(with_preset({str(key): v for key, v in plain.items()}))
     except ValidationError as error:
         raise UserError(_first_line(error, where, overrides)) from None
 
@@ -306,7 +320,7 @@ def with_preset(plain: dict[str, Any]) -> dict[str, Any]:
     if not preset or not isinstance(given, dict):
         return plain
     merged = OmegaConf.to_container(OmegaConf.merge(preset, given))
-    return {**plain, "distil": {**distil, "objectives": merged}}
+    return {**plain, "distil": {**plain["distil"], "objectives": merged}}
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,4 +1,5 @@
-"""How a run ends early, each with its exit code. The command line shows them as one line, without a traceback.
+"""How a run ends early, each with its exit code. The command line shows them as one line, without a
+traceback.
 
 Everything else that is raised is a defect of the program and keeps its traceback.
 """
@@ -17,7 +18,9 @@ class UserError(RunEnded):
 
 
 class Interrupted(RunEnded):
-    """SIGTERM or SIGINT: the state is saved, and the same command goes on from it (75: EX_TEMPFAIL)."""
+    """SIGTERM or SIGINT: the state is saved, and the same command goes on from it (75:
+    EX_TEMPFAIL).
+    """
 
     exit_code = 75
 

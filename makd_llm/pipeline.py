@@ -1,7 +1,8 @@
 """A run from teacher to table: sft -> factorize -> distil -> export -> evaluate.
 
-Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped while that result
-stands under the same config. Every function here is collective: all ranks call it.
+Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
+while that result stands under the same config. Every function here is collective: all ranks call
+it.
 """
 
 import gc
@@ -45,7 +46,12 @@ from makd_llm.train.build import (
     build_schedule,
     staged_shares,
 )
-from makd_llm.train.deepspeed_config import dtype_of, frozen_config, read_deepspeed_config, training_config
+from makd_llm.train.deepspeed_config import (
+    dtype_of,
+    frozen_config,
+    read_deepspeed_config,
+    training_config,
+)
 from makd_llm.train.engine import Frozen, Trained, whole_tensors
 from makd_llm.train.loop import Loop, LoopSettings
 from makd_llm.train.step import distill_step, finetune_step
@@ -54,8 +60,9 @@ STAGES = ("sft", "factorize", "distil", "evaluate")
 
 
 class Run:
-    """One run: its config, its DeepSpeed JSON, its folder. Whatever contradicts itself in the two files is found
-    here, before processes are joined and anything is loaded."""
+    """One run: its config, its DeepSpeed JSON, its folder. Whatever contradicts itself in the two
+    files is found here, before processes are joined and anything is loaded.
+    """
 
     def __init__(self, config: RunConfig, ds_path: Path) -> None:
         self.config = config
@@ -86,7 +93,9 @@ class Run:
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
         family_of(read_config(given))
-        after = digest({"teacher": str(given), "data": self.config.data.model_dump(), "seed": self.config.seed})
+        after = digest(
+            {"teacher": str(given), "data": self.config.data.model_dump(), "seed": self.config.seed}
+        )
         teacher = given
         if self.config.sft.enabled:
             teacher = self.dir / "teacher"
@@ -105,7 +114,12 @@ class Run:
         self._stage("distil", key, student, partial(self._distil, teacher, factorized, student))
         if self.config.merge:
             merged = self.dir / "student-merged"
-            self._stage("merge", {"after": digest(key)}, merged, partial(distributed.on_main, merge, student, merged))
+            self._stage(
+                "merge",
+                {"after": digest(key)},
+                merged,
+                partial(distributed.on_main, merge, student, merged),
+            )
         if "evaluate" not in wanted:
             return
         key = {"evaluation": self.config.evaluation.model_dump(), "after": digest(key)}
@@ -116,7 +130,7 @@ class Run:
             show(evaluation_table(evaluation))
 
     def _key(self, stage: str, after: str) -> Key:
-        """What a training stage depends on: its own config, DeepSpeed's JSON, the stage before it."""
+        """What a training stage depends on: its config, DeepSpeed's JSON, the stage before it."""
         section = getattr(self.config, stage).model_dump()
         for free in ("checkpoint_every", "keep_checkpoints", "log_every"):
             section["train"].pop(free)
@@ -141,7 +155,11 @@ class Run:
 
     def _training_config(self, train: TrainConfig, section: str) -> dict[str, Any]:
         return training_config(
-            self.deepspeed, train, world_size=distributed.world_size(), ds_path=self.ds_path, section=section
+            self.deepspeed,
+            train,
+            world_size=distributed.world_size(),
+            ds_path=self.ds_path,
+            section=section,
         )
 
     def _check_batches(self) -> None:
@@ -152,27 +170,51 @@ class Run:
 
     def _sft(self, given: Path, result: Path) -> None:
         """Tunes the teacher on the task: cross-entropy on the references."""
-        objectives = Objectives(ModelLevel(cross_entropy=1.0, logits=0.0, impl=self.config.distil.kernels), {})
+        objectives = Objectives(
+            ModelLevel(cross_entropy=1.0, logits=0.0, impl=self.config.distil.kernels), {}
+        )
         train = self.config.sft.train
         self._train("sft", given, result, train, objectives, teacher=None)
 
     def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
         config = read_config(factorized)
-        objectives = build_objectives(self.config.distil, family_of(config), config.num_hidden_layers)
-        self.tell(f"objectives: {', '.join(objectives.names)}; kernels: {self.config.distil.kernels}")
-        self._train("distil", factorized, result, self.config.distil.train, objectives,
-                    teacher=teacher if objectives.needs_teacher else None)  # fmt: skip
+        objectives = build_objectives(
+            self.config.distil, family_of(config), config.num_hidden_layers
+        )
+        self.tell(
+            f"objectives: {', '.join(objectives.names)}; kernels: {self.config.distil.kernels}"
+        )
+        self._train(
+            "distil",
+            factorized,
+            result,
+            self.config.distil.train,
+            objectives,
+            teacher=teacher if objectives.needs_teacher else None,
+        )
 
     def _train(
-        self, stage: str, start: Path, result: Path, train: TrainConfig, objectives: Objectives,
-        *, teacher: Path | None,
-    ) -> None:  # fmt: skip
+        self,
+        stage: str,
+        start: Path,
+        result: Path,
+        train: TrainConfig,
+        objectives: Objectives,
+        *,
+        teacher: Path | None,
+    ) -> None:
         ds = self._training_config(train, f"{stage}.train")
         tokenizer = load_tokenizer(start)
         prompts = build_prompts(self.config.data, tokenizer)
         micro = ds["train_micro_batch_size_per_gpu"]
-        loader = build_loader(self.config.data, prompts, batch_size=ds["train_batch_size"], micro_batch_size=micro,
-                              seed=self.config.seed, pad_id=pad_id_of(tokenizer))  # fmt: skip
+        loader = build_loader(
+            self.config.data,
+            prompts,
+            batch_size=ds["train_batch_size"],
+            micro_batch_size=micro,
+            seed=self.config.seed,
+            pad_id=pad_id_of(tokenizer),
+        )
         if loader.describe_skipped():
             self.tell(f"{stage}: {loader.describe_skipped()}")
         model = Trained(
@@ -206,7 +248,8 @@ class Run:
         self.tell(f"{stage}: {prompts.describe()}")
         config, generation = model.model.model.config, model.model.model.generation_config
         distributed.drain_on_main(
-            lambda tensors: write_model(result, config, tensors, generation, tokenizer), whole_tensors(model.model)
+            lambda tensors: write_model(result, config, tensors, generation, tokenizer),
+            whole_tensors(model.model),
         )
         model.close()
         if frozen:
@@ -228,22 +271,39 @@ class Run:
                 collate(examples[i : i + size], pad_id_of(tokenizer)).to(distributed.device())
                 for i in range(0, len(examples), size)
             ]
-            self.tell(f"factorize: calibration on {len(examples) * distributed.world_size()} prompts")
-            statistics = covariances(engine.model, engine, batches, read_config(teacher).num_hidden_layers)
+            self.tell(
+                f"factorize: calibration on {len(examples) * distributed.world_size()} prompts"
+            )
+            statistics = covariances(
+                engine.model, engine, batches, read_config(teacher).num_hidden_layers
+            )
             engine.close()
         reports = factorize(
-            teacher, result, keep_ratio=settings.keep_ratio, covariances=statistics, tokenizer=tokenizer
+            teacher,
+            result,
+            keep_ratio=settings.keep_ratio,
+            covariances=statistics,
+            tokenizer=tokenizer,
         )
         counts = distributed.on_main(self._count, {"teacher": teacher, "student": result})
-        report = {"method": settings.method, "keep_ratio": settings.keep_ratio,
-                  "matrices": [r.__dict__ for r in reports],
-                  "parameters": {n: c.__dict__ for n, c in counts.items()}}  # fmt: skip
+        report = {
+            "method": settings.method,
+            "keep_ratio": settings.keep_ratio,
+            "matrices": [r.__dict__ for r in reports],
+            "parameters": {n: c.__dict__ for n, c in counts.items()},
+        }
         distributed.on_main(_write_json, self.dir / "factorization.json", report)
         self._say_factorized(reports, counts)
 
-    def _say_factorized(self, reports: list[MatrixReport], counts: dict[str, ParameterCount]) -> None:
+    def _say_factorized(
+        self, reports: list[MatrixReport], counts: dict[str, ParameterCount]
+    ) -> None:
         if distributed.is_main():
-            show(factorization_table([r.__dict__ for r in reports], {n: c.__dict__ for n, c in counts.items()}))
+            show(
+                factorization_table(
+                    [r.__dict__ for r in reports], {n: c.__dict__ for n, c in counts.items()}
+                )
+            )
 
     def _calibration(self, tokenizer: Any) -> list[Example]:
         """This rank's training examples for calibration; the same number on every rank."""
@@ -258,7 +318,10 @@ class Run:
                 examples.append(example)
         usable = len(examples) // world * world
         if usable == 0:
-            raise UserError(f"{self.config.data.source}: {len(examples)} usable records cannot calibrate {world} ranks")
+            raise UserError(
+                f"{self.config.data.source}: {len(examples)} usable records cannot calibrate "
+                f"{world} ranks; give more, or use fewer ranks"
+            )
         return examples[distributed.rank() : usable : world]
 
     @staticmethod
@@ -275,27 +338,49 @@ class Run:
         prompts = build_prompts(self.config.data, tokenizer)
         limits = (asked.records, asked.generate_records)
         records = build_records(
-            self.config.data, validation=True, limit=None if None in limits else max(n for n in limits if n)
+            self.config.data,
+            validation=True,
+            limit=None if None in limits else max(n for n in limits if n),
         )
         assert isinstance(records, RecordList)
-        settings = Settings(asked.batch_size, asked.max_new_tokens, pad_id_of(tokenizer), asked.lead_k)
-        evaluation = Evaluation(records, prompts, tokenizer, settings, asked.records, asked.generate_records,
-                                self.config.data.on_bad_record)  # fmt: skip
+        settings = Settings(
+            asked.batch_size, asked.max_new_tokens, pad_id_of(tokenizer), asked.lead_k
+        )
+        evaluation = Evaluation(
+            records,
+            prompts,
+            tokenizer,
+            settings,
+            asked.records,
+            asked.generate_records,
+            self.config.data.on_bad_record,
+        )
         folders = {"teacher": teacher, "factorized": factorized, "student": student}
         counts = distributed.on_main(self._count, folders)
         rows: dict[str, Any] = {}
         for name, folder in folders.items():
             self.tell(f"evaluate: {name}")
             engine = self._frozen(folder, asked.batch_size)
-            rows[name] = {"parameters": counts[name].__dict__, **evaluate_model(evaluation, name, engine)}
+            rows[name] = {
+                "parameters": counts[name].__dict__,
+                **evaluate_model(evaluation, name, engine),
+            }
             if asked.text:
                 rows[name]["text"] = evaluate_text(
-                    engine, tokenizer, asked.text, window=asked.text_window, stride=asked.text_stride,
-                    batch_size=asked.batch_size, pad_id=settings.pad_id)  # fmt: skip
+                    engine,
+                    tokenizer,
+                    asked.text,
+                    window=asked.text_window,
+                    stride=asked.text_stride,
+                    batch_size=asked.batch_size,
+                    pad_id=settings.pad_id,
+                )
             engine.close()
         rows[f"lead-{asked.lead_k}"] = evaluation.lead()
         distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
-        distributed.on_main(_write_json, self.dir / "evaluation.json", {**evaluation.settings(), "models": rows})
+        distributed.on_main(
+            _write_json, self.dir / "evaluation.json", {**evaluation.settings(), "models": rows}
+        )
 
     def _open_folder(self) -> None:
         """Makes the run folder, with the resolved config and the environment."""
@@ -303,7 +388,9 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"run_dir {self.dir}: cannot be written ({error.strerror}); choose another") from None
+            raise UserError(
+                f"run_dir {self.dir}: cannot be written ({error.strerror}); choose another"
+            ) from None
         _write_json(self.dir / "environment.json", _environment())
 
 
@@ -316,7 +403,9 @@ def _lock(run_dir: Path) -> str:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{run_dir}: another run is at work in this folder; wait for it, or set run_dir") from None
+        raise UserError(
+            f"{run_dir}: another run is at work in this folder; wait for it, or set run_dir"
+        ) from None
     _LOCKS[str(run_dir)] = lock
     return str(run_dir)
 
@@ -347,7 +436,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _environment() -> dict[str, Any]:
     packages = ("torch", "deepspeed", "transformers", "datasets", "makd-llm")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    )
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "ranks": distributed.world_size(),

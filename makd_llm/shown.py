@@ -1,9 +1,11 @@
-"""What an objective asks a model to show, and what the model showed: the vocabulary between models and objectives.
+"""What an objective asks a model to show, and what the model showed: the vocabulary between models
+and objectives.
 
-Plain tensors in plain dataclasses, so that `models` (which captures) and `objectives` (which compares) need not
-know each other.
+Plain tensors in plain dataclasses, so that `models` (which captures) and `objectives` (which
+compares) need not know each other.
 """
-# B batch, T tokens, H query heads, G key-value heads, D width (of a head where after H or G), M, K matrix out and in
+# B batch, T tokens, H query heads, G key-value heads, D width (of a head where after H or G), M, K
+# matrix out and in
 
 from dataclasses import dataclass, field
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Needs:
-    """Which points of a forward pass are asked for; layers count from 0. Empty: nothing is captured."""
+    """Which points of a forward pass are asked for; layers count from 0. Empty: nothing is
+    captured.
+    """
 
     hidden: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()

@@ -1,8 +1,9 @@
-"""Which stages of a run stand: results are kept, and made again only when what they depend on has changed.
+"""Which stages of a run stand: results are kept, and made again only when what they depend on has
+changed.
 
-Each stage has a key: the part of the config it depends on, and the key of the stage before it. The key is written
-when the stage starts and marked done when its result stands, so that an interrupted stage is resumed only under the
-very config it was started with.
+Each stage has a key: the part of the config it depends on, and the key of the stage before it. The
+key is written when the stage starts and marked done when its result stands, so that an interrupted
+stage is resumed only under the very config it was started with.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ class Stages:
         return bool(entry.get("done")) and entry["key"] == _plain(key)
 
     def change(self, stage: str, key: Key) -> str | None:
-        """What differs from the key under which the stage was last started, in words; None: nothing, or never."""
+        """What differs from the key under which the stage was last started, in words; None:
+        nothing, or never.
+        """
         entry = self._read().get(stage)
         if entry is None or entry["key"] == _plain(key):
             return None
@@ -65,4 +68,8 @@ def _plain(key: Key) -> Key:
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
-    return {p: v for name, inner in value.items() for p, v in _flat(inner, f"{path}.{name}".lstrip(".")).items()}
+    return {
+        p: v
+        for name, inner in value.items()
+        for p, v in _flat(inner, f"{path}.{name}".lstrip(".")).items()
+    }

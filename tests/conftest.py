@@ -1,4 +1,6 @@
-"""Settings that hold for every test and for the processes that tests start; a tiny teacher and its data."""
+"""Settings that hold for every test and for the processes that tests start; a tiny teacher and its
+data.
+"""
 
 import json
 import os
@@ -15,12 +17,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
 
-WORDS = "the cat sat on a mat while rain fell over old town and nobody came to see it again".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "old",
+    "town",
+    "and",
+    "nobody",
+    "came",
+    "to",
+    "see",
+    "it",
+    "again",
+]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with teacher/ (a random Llama with grouped heads and tied embeddings), train.jsonl and validation.jsonl."""
+    """A folder with teacher/ (a random Llama with grouped heads and tied embeddings), train.jsonl
+    and validation.jsonl.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,8 +52,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     rows = []
     for index in range(40):
-        words = [WORDS[(index * 7 + k * (1 + index % 5)) % len(WORDS)] for k in range(8 + index % 9)]
-        rows.append({"id": f"r{index}", "document": " ".join(words), "summary": " ".join(words[: 2 + index % 3])})
+        words = [
+            WORDS[(index * 7 + k * (1 + index % 5)) % len(WORDS)] for k in range(8 + index % 9)
+        ]
+        rows.append(
+            {
+                "id": f"r{index}",
+                "document": " ".join(words),
+                "summary": " ".join(words[: 2 + index % 3]),
+            }
+        )
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -41,7 +73,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator((row["document"] for row in rows), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
     )
     torch.manual_seed(0)
     config = LlamaConfig(

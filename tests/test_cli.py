@@ -1,4 +1,6 @@
-"""Every wrong input ends in one line that says what, where and what to do, with exit code 2 and no traceback."""
+"""Every wrong input ends in one line that says what, where and what to do, with exit code 2 and no
+traceback.
+"""
 
 import json
 from pathlib import Path
@@ -32,7 +34,16 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--ds", ZERO3, "student.keep_ratio=7"], "student.keep_ratio"),
         (["train", "--ds", ZERO3, "studnet.keep_ratio=0.5"], "did you mean student?"),
         (["train", "--ds", ZERO3, "--oops"], "--oops"),
-        (["train", "--ds", ZERO3, "distil.train.batch_size=7", "distil.train.micro_batch_size=2"], "batch size 7"),
+        (
+            [
+                "train",
+                "--ds",
+                ZERO3,
+                "distil.train.batch_size=7",
+                "distil.train.micro_batch_size=2",
+            ],
+            "batch size 7",
+        ),
         (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
         (["export", "nowhere", "out", "--merge"], "nowhere"),
         (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),

@@ -11,9 +11,15 @@ from makd_llm.errors import UserError
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("distil.objectves.matrix.weight=1", "unknown key distil.objectves; did you mean objectives?"),
+        (
+            "distil.objectves.matrix.weight=1",
+            "unknown key distil.objectves; did you mean objectives?",
+        ),
         ("distil.train.stepz=5", "unknown key distil.train.stepz; did you mean steps?"),
-        ("student.keep_ratio=1.5", "student.keep_ratio: input should be less than or equal to 1, found 1.5"),
+        (
+            "student.keep_ratio=1.5",
+            "student.keep_ratio: input should be less than or equal to 1, found 1.5",
+        ),
         ("student.keep_ratio=0", "student.keep_ratio: input should be greater than 0"),
         ("distil.train.steps=many", "distil.train.steps: input should be a valid integer"),
         ("distil.preset=mkd", "distil.preset: input should be 'makd', 'kd' or 'finetune'"),
@@ -67,7 +73,9 @@ def test_presets_are_what_they_are_called() -> None:
     weights = {}
     for preset in PRESETS:
         objectives = load_config(None, [f"distil.preset={preset}"]).distil.objectives
-        weights[preset] = {name: getattr(objectives, name).weight for name in type(objectives).model_fields}
+        weights[preset] = {
+            name: getattr(objectives, name).weight for name in type(objectives).model_fields
+        }
     assert all(weight > 0 for weight in weights["makd"].values())
     assert {name for name, weight in weights["kd"].items() if weight} == {"cross_entropy", "logits"}
     assert {name for name, weight in weights["finetune"].items() if weight} == {"cross_entropy"}
@@ -80,6 +88,8 @@ def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
     assert load_config(path, []) == config
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path, [])

@@ -1,4 +1,6 @@
-"""The main job as a person runs it: two ranks under the deepspeed launcher, killed, resumed, exported, refused."""
+"""The main job as a person runs it: two ranks under the deepspeed launcher, killed, resumed,
+exported, refused.
+"""
 
 import json
 import os
@@ -17,7 +19,15 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def command(tiny: Path, run_dir: Path, *more: str) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "0"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "0",
+    ]
     launcher[-1] = str(_free_port())
     return [
         *launcher,
@@ -45,7 +55,11 @@ def environment() -> dict[str, str]:
 
 def run(tiny: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(tiny, run_dir, *more), capture_output=True, text=True, env=environment(), timeout=300
+        command(tiny, run_dir, *more),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
     )
 
 
@@ -59,14 +73,21 @@ def steps_done(run_dir: Path, stage: str) -> int:
 
 
 def kill_in_the_middle(tiny: Path, run_dir: Path, step: int) -> None:
-    """Starts the run, and ends every process of it with SIGKILL once distillation has passed `step`."""
+    """Starts the run, and ends every process of it with SIGKILL once distillation has passed
+    `step`.
+    """
     process = subprocess.Popen(
-        command(tiny, run_dir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(tiny, run_dir),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 240
     while steps_done(run_dir, "distil") < step:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -96,8 +117,19 @@ def finished(config: Path) -> tuple[Path, str]:
 
 def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:
     folder, printed = finished
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "teacher",
-                "factorized", "student", "student-merged", "evaluation.json", "samples.jsonl"}  # fmt: skip
+    expected = {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "teacher",
+        "factorized",
+        "student",
+        "student-merged",
+        "evaluation.json",
+        "samples.jsonl",
+    }
     assert expected <= {path.name for path in folder.iterdir()}
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert list(evaluation["models"]) == ["teacher", "factorized", "student", "lead-3"]
@@ -106,7 +138,9 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert student["parameters"]["total"] == sum(tensor.numel() for tensor in stored.values())
     assert f"{student['perplexity']['value']:.2f}" in printed, "the table is what the run ends with"
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(samples[0])
+    assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(
+        samples[0]
+    )
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if s["stage"] == "distil"] == list(range(1, 9))
 
@@ -137,11 +171,17 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(
     assert again.returncode == 0, again.stdout + again.stderr
     assert "sft: stands in" in again.stdout and "resumed at step" in again.stderr
     for name in ("teacher", "factorized", "student"):
-        first, second = (load_file(folder / name / "model.safetensors") for folder in (whole, broken))
+        first, second = (
+            load_file(folder / name / "model.safetensors") for folder in (whole, broken)
+        )
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
     losses = [
-        {e["step"]: e["loss"] for e in map(json.loads, (f / "metrics.jsonl").open()) if e["stage"] == "distil"}
+        {
+            e["step"]: e["loss"]
+            for e in map(json.loads, (f / "metrics.jsonl").open())
+            if e["stage"] == "distil"
+        }
         for f in (whole, broken)
     ]
     assert losses[0] == losses[1]
@@ -155,14 +195,23 @@ def test_a_changed_config_makes_its_stage_and_the_later_ones_run_again(
     done = run(config, folder, "student.keep_ratio=0.4", "merge=false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sft: stands in" in done.stdout
-    assert "factorize: runs again, because student.keep_ratio changed from 0.5 to 0.4" in done.stdout
+    assert (
+        "factorize: runs again, because student.keep_ratio changed from 0.5 to 0.4" in done.stdout
+    )
     assert "distil: runs again, because the stage before it changed" in done.stdout
 
 
 def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:
     run_dir = config / "terminated"
-    single = [sys.executable, str(CHECKOUT / "train.py"), *command(config, run_dir)[6:], "distil.train.steps=500"]
-    process = subprocess.Popen(single, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    single = [
+        sys.executable,
+        str(CHECKOUT / "train.py"),
+        *command(config, run_dir)[6:],
+        "distil.train.steps=500",
+    ]
+    process = subprocess.Popen(
+        single, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 240
     while steps_done(run_dir, "distil") < 4:
         assert process.poll() is None and time.monotonic() < deadline

@@ -20,8 +20,13 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
     assert stages.change("sft", {"a": 1}) is None, "a stage that never ran did not change"
     stages.mark("sft", {"train": {"steps": 4}, "after": "x"}, done=True)
-    assert stages.change("sft", {"train": {"steps": 5}, "after": "x"}) == "train.steps changed from 4 to 5"
-    assert stages.change("sft", {"train": {"steps": 4}, "after": "y"}) == "the stage before it changed"
+    assert (
+        stages.change("sft", {"train": {"steps": 5}, "after": "x"})
+        == "train.steps changed from 4 to 5"
+    )
+    assert (
+        stages.change("sft", {"train": {"steps": 4}, "after": "y"}) == "the stage before it changed"
+    )
     assert stages.change("sft", {"train": {"steps": 4}, "after": "x"}) is None
 
 
@@ -33,4 +38,8 @@ def test_a_damaged_record_means_that_nothing_stands(tmp_path: Path) -> None:
 
 
 def test_digest_depends_on_content_and_not_on_order() -> None:
-    assert digest({"a": 1, "b": Path("x")}) == digest({"b": Path("x"), "a": 1}) != digest({"a": 2, "b": Path("x")})
+    assert (
+        digest({"a": 1, "b": Path("x")})
+        == digest({"b": Path("x"), "a": 1})
+        != digest({"a": 2, "b": Path("x")})
+    )

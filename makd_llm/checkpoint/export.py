@@ -69,15 +69,14 @@ def write_model(
     *,
     max_shard_bytes: int = 2 * 1024**3,
 ) -> None:
-    """Write a model, factored or dense, as a Hugging Face folder, which appears whole or not at all.
+    """Write a model, factored or dense, as a Hugging Face folder, which appears whole or not at
+    all.
 
-    Args:
-        folder: the target; a model folder that stands there is replaced.
-        config: the model's config, low-rank (`modeling_lowrank.lowrank_config`) or plain. Its dtype becomes that of
-            the first tensor.
-        tensors: (name in the model, tensor) pairs, taken one by one. A second name of a tied weight
-            is left out.
-        max_shard_bytes: the largest shard, and so about the memory that this takes.
+    Args: folder: the target; a model folder that stands there is replaced. config: the model's
+    config, low-rank (`modeling_lowrank.lowrank_config`) or plain. Its dtype becomes that of the
+    first tensor. tensors: (name in the model, tensor) pairs, taken one by one. A second name of a
+    tied weight is left out. max_shard_bytes: the largest shard, and so about the memory that this
+    takes.
 
     Raises:
         UserError: the target holds something that is no part of a model folder.
@@ -146,7 +145,9 @@ def merge(
 def rewrite(
     folder: str | Path, out_folder: str | Path, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model folder anew, factored as it is, tensor by tensor; arguments and errors as `merge`."""
+    """Write a model folder anew, factored as it is, tensor by tensor; arguments and errors as
+    `merge`.
+    """
     source, target = Path(folder), Path(out_folder)
     config = read_config(source)
     if source.resolve() == target.resolve():

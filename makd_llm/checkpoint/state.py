@@ -1,9 +1,9 @@
 """Saving and resuming a training stage.
 
-A checkpoint is a folder `step-000100`: DeepSpeed's files, one `rank-K.pt` per rank (loader position, random state),
-and a manifest with every file's size and SHA-256. It is written under another name, renamed when it is whole, and
-only then the pointer file `latest` moves, atomically. A checkpoint that does not match its manifest is reported and
-the one before it is used.
+A checkpoint is a folder `step-000100`: DeepSpeed's files, one `rank-K.pt` per rank (loader
+position, random state), and a manifest with every file's size and SHA-256. It is written under
+another name, renamed when it is whole, and only then the pointer file `latest` moves, atomically. A
+checkpoint that does not match its manifest is reported and the one before it is used.
 """
 
 import hashlib
@@ -33,7 +33,9 @@ class Checkpoints:
         self.tell = tell
 
     def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any]) -> None:
-        """Writes the checkpoint of a step and moves the pointer. Collective. state: this rank's, for torch.save."""
+        """Writes the checkpoint of a step and moves the pointer. Collective. state: this rank's,
+        for torch.save.
+        """
         final = self.folder / _name(step)
         staging = self.folder / f"{_name(step)}.writing"
         distributed.on_main(_fresh, staging)
@@ -43,11 +45,14 @@ class Checkpoints:
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         mine = files[distributed.rank() :: distributed.world_size()]
         entries = {str(p.relative_to(staging)): [p.stat().st_size, _digest(p)] for p in mine}
-        manifest = {name: e for share in distributed.gather_objects(entries) for name, e in share.items()}
+        manifest = {
+            name: e for share in distributed.gather_objects(entries) for name, e in share.items()
+        }
         distributed.on_main(self._publish, staging, final, manifest)
 
     def load(self, engine: DeepSpeedEngine) -> dict[str, Any] | None:
-        """Loads the newest sound checkpoint into the engine; returns this rank's state, or None. Collective.
+        """Loads the newest sound checkpoint into the engine; returns this rank's state, or None.
+        Collective.
 
         Raises UserError where it was written by another number of ranks.
         """
@@ -59,11 +64,14 @@ class Checkpoints:
             ranks = len(list(folder.glob("rank-*.pt")))
             if ranks != distributed.world_size():
                 raise UserError(
-                    f"{folder}: written by {ranks} ranks, this run has {distributed.world_size()}; resume with "
+                    f"{folder}: written by {ranks} ranks, this run has "
+                    f"{distributed.world_size()}; resume with "
                     f"{ranks} ranks, or delete the folder {self.folder} to start the stage anew"
                 )
             engine.load_checkpoint(str(self.folder), tag=folder.name)
-            state: dict[str, Any] = torch.load(folder / f"rank-{distributed.rank()}.pt", weights_only=True)
+            state: dict[str, Any] = torch.load(
+                folder / f"rank-{distributed.rank()}.pt", weights_only=True
+            )
             _set_rng_state(state.pop("rng"))
             return state
         return None

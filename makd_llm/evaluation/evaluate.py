@@ -1,4 +1,6 @@
-"""One model measured on the validation split: perplexity of the references, and ROUGE of what it writes."""
+"""One model measured on the validation split: perplexity of the references, and ROUGE of what it
+writes.
+"""
 
 import json
 from collections import Counter
@@ -77,7 +79,11 @@ class Evaluation:
     def lead(self) -> dict[str, Any]:
         """The row of the lead-k baseline: the document's first k sentences."""
         k = self.sizes.lead_k
-        return {"rouge": self.rouge_of(f"lead-{k}", [lead_k(record.document, k) for record in self.records])}
+        return {
+            "rouge": self.rouge_of(
+                f"lead-{k}", [lead_k(record.document, k) for record in self.records]
+            )
+        }
 
     def settings(self) -> dict[str, Any]:
         """What has to be known to compare these numbers with others."""
@@ -96,7 +102,12 @@ class Evaluation:
         lines = []
         for index, record in enumerate(self.records):
             texts = {name: written[index] for name, written in self.texts.items()}
-            sample = {"id": record.id, "document": record.document, "references": record.references, **texts}
+            sample = {
+                "id": record.id,
+                "document": record.document,
+                "references": record.references,
+                **texts,
+            }
             lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
         path.write_text("".join(lines), encoding="utf-8")
 
@@ -130,8 +141,8 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """Perplexity of a text file by a sliding window, with bits per byte. Collective.
 
-    No BOS is added beyond what the tokenizer adds by itself; the file's first token is not predicted. Raises
-    UserError where the file is missing, empty or not UTF-8.
+    No BOS is added beyond what the tokenizer adds by itself; the file's first token is not
+    predicted. Raises UserError where the file is missing, empty or not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,7 +150,9 @@ def evaluate_text(
         raise UserError(f"evaluation.text {path}: not readable as UTF-8 text: {error}") from None
     tokens: list[int] = tokenizer(text)["input_ids"]
     if len(tokens) < 2:
-        raise UserError(f"evaluation.text {path}: holds {len(tokens)} tokens, at least 2 are needed")
+        raise UserError(
+            f"evaluation.text {path}: holds {len(tokens)} tokens, at least 2 are needed"
+        )
     try:
         windows = text_windows(tokens, window=window, stride=stride)
     except ValueError as error:

@@ -1,13 +1,16 @@
-"""Perplexity: of the reference summaries given their documents, and of plain text by a sliding window.
+"""Perplexity: of the reference summaries given their documents, and of plain text by a sliding
+window.
 
-Both come from hidden states and the head's weight, a chunk of tokens at a time, on all ranks: every rank runs the
-same number of forwards, as sharded weights demand, and a rank that has run out repeats a batch that counts nothing.
+Both come from hidden states and the head's weight, a chunk of tokens at a time, on all ranks: every
+rank runs the same number of forwards, as sharded weights demand, and a rank that has run out
+repeats a batch that counts nothing.
 """
 # N predicted tokens, V vocabulary, D width
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,9 @@ Forward = Callable[[Batch, Callable[[Tensor, Tensor], Any]], Any]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nats: summed over the predicted tokens of all ranks. utf8_bytes: of the text they stand for, 0 if unknown."""
+    """nats: summed over the predicted tokens of all ranks. utf8_bytes: of the text they stand for,
+    0 if unknown.
+    """
 
     nats: float
     tokens: int
@@ -41,9 +46,15 @@ class Perplexity:
 
 
 def perplexity(
-    forward: Forward, examples: Sequence[Example], *, batch_size: int, pad_id: int, utf8_bytes: int = 0
+    forward: Forward,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    utf8_bytes: int = 0,
 ) -> Perplexity:
-    """Over the targets of all examples; every rank passes the same examples and works on its share. Collective.
+    """Over the targets of all examples; every rank passes the same examples and works on its share.
+    Collective.
 
     Examples are sorted by length (the sum does not depend on it), so that little is padded.
     """
@@ -54,7 +65,7 @@ def perplexity(
         group = ordered[start : start + share_of]
         mine = group[distributed.rank() :: distributed.world_size()]
         batch = collate(mine or group[:1], pad_id).to(distributed.device())
-        nats = forward(batch, lambda hidden, weight, batch=batch: _nats(hidden, weight, batch))
+        nats = forward(batch, partial(_nats, batch))
         if mine:
             sums += torch.tensor([float(nats), float(batch.n_targets)], dtype=torch.float64)
     nats, tokens = distributed.sum_over_ranks(sums).tolist()
@@ -64,11 +75,14 @@ def perplexity(
 def text_windows(tokens: Sequence[int], *, window: int, stride: int) -> list[Example]:
     """Plain text as overlapping windows; every token but the first is predicted exactly once.
 
-    Each window predicts its last `stride` tokens (the first window: all but its first), so a predicted token has
-    at least window - stride tokens of context. Raises ValueError where stride is not in [1, window).
+    Each window predicts its last `stride` tokens (the first window: all but its first), so a
+    predicted token has at least window - stride tokens of context. Raises ValueError where stride
+    is not in [1, window).
     """
     if not 1 <= stride < window:
-        raise ValueError(f"stride is {stride}, expected at least 1 and less than the window ({window})")
+        raise ValueError(
+            f"stride is {stride}, expected at least 1 and less than the window ({window})"
+        )
     examples = []
     predicted = 1  # the first token has no context
     while predicted < len(tokens):
@@ -79,7 +93,7 @@ def text_windows(tokens: Sequence[int], *, window: int, stride: int) -> list[Exa
     return examples
 
 
-def _nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> Tensor:
+def _nats(batch: Batch, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
     labels_N = batch.labels_BT.flatten()[batch.targets_N]
     cross_entropy_N, _ = linear_cross_entropy_divergence(hidden_ND, weight_VD, labels_N)

@@ -28,7 +28,8 @@ def summarize(
 ) -> list[str]:
     """One text per prompt, in order, the same list on every rank. Collective.
 
-    Prompts are sorted by length and dealt out to the ranks, so that batches are even and little is padded.
+    Prompts are sorted by length and dealt out to the ranks, so that batches are even and little is
+    padded.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     share_of = batch_size * distributed.world_size()
@@ -36,8 +37,11 @@ def summarize(
     for start in range(0, len(order), share_of):
         group = order[start : start + share_of]
         mine = group[distributed.rank() :: distributed.world_size()]
-        # A rank without a prompt of its own goes along: sharded weights need every rank in every forward.
-        batch = prompt_batch([prompts[i] for i in mine or group[:1]], pad_id).to(distributed.device())
+        # A rank without a prompt of its own goes along: sharded weights need every rank in every
+        # forward.
+        batch = prompt_batch([prompts[i] for i in mine or group[:1]], pad_id).to(
+            distributed.device()
+        )
         ids_BT = generate(
             batch,
             max_new_tokens=max_new_tokens,

@@ -1,8 +1,9 @@
 """The teacher's folder becomes the student's: every matrix decomposed, the work spread over ranks.
 
-Each rank reads, decomposes and writes its share of the matrices one at a time, straight from and to safetensors, so
-no rank ever holds more of either model than the matrix it works on. Rank 0 then puts the student's folder together.
-The ranks must see the same file system, as they must for checkpoints.
+Each rank reads, decomposes and writes its share of the matrices one at a time, straight from and to
+safetensors, so no rank ever holds more of either model than the matrix it works on. Rank 0 then
+puts the student's folder together. The ranks must see the same file system, as they must for
+checkpoints.
 """
 
 import shutil
@@ -50,8 +51,8 @@ def factorize(
 ) -> list[MatrixReport]:
     """Writes the factorized student's folder; returns a report per matrix, the same on every rank.
 
-    covariances: of the matrices' inputs, for whitened SVD; None: plain SVD. progress: called after each matrix.
-    Collective. Raises UserError for an unknown architecture or a damaged folder.
+    covariances: of the matrices' inputs, for whitened SVD; None: plain SVD. progress: called after
+    each matrix. Collective. Raises UserError for an unknown architecture or a damaged folder.
     """
     config = read_config(teacher)
     family = family_of(config)
@@ -60,7 +61,9 @@ def factorize(
     matrices = matrices_of(family, config.num_hidden_layers)
     mine = matrices[distributed.rank() :: distributed.world_size()]
     reports = [
-        _decompose(TensorReader(teacher), parts, family, layer, matrix, name, keep_ratio, covariances)
+        _decompose(
+            TensorReader(teacher), parts, family, layer, matrix, name, keep_ratio, covariances
+        )
         for layer, matrix, name in _told(mine, progress)
     ]
     everything = [r for share in distributed.gather_objects(reports) for r in share]
@@ -84,7 +87,9 @@ def _fresh_folder(folder: Path) -> None:
 
 
 def dense_matrix(reader: TensorReader, matrix: Matrix, name: str) -> Tensor:
-    """The (out, in) weight that a matrix of a family stands for, cut out of a fused or transposed module."""
+    """The (out, in) weight that a matrix of a family stands for, cut out of a fused or transposed
+    module.
+    """
     weight = reader.get(f"{name}.weight")
     if matrix.transposed:
         weight = weight.T
@@ -146,7 +151,9 @@ def _assemble(
     generation = None
     if (teacher / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(teacher, local_files_only=True)
-    tensors = _student_tensors(TensorReader(teacher), parts, set(ranks), lowrank_config(config, ranks))
+    tensors = _student_tensors(
+        TensorReader(teacher), parts, set(ranks), lowrank_config(config, ranks)
+    )
     write_model(student, lowrank_config(config, ranks), tensors, generation, tokenizer)
     shutil.rmtree(parts)
 

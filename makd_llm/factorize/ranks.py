@@ -1,7 +1,8 @@
 """How many ranks a matrix gets.
 
-A factor pair of rank r stores r(K + N) numbers where the dense matrix stores K N, so keeping the share rho of them
-means r = floor(rho K N / (K + N)); KN/(K + N) is the rank at which nothing is gained.
+A factor pair of rank r stores r(K + N) numbers where the dense matrix stores K N, so keeping the
+share rho of them means r = floor(rho K N / (K + N)); KN/(K + N) is the rank at which nothing is
+gained.
 """
 
 

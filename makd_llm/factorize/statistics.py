@@ -1,8 +1,8 @@
 """Calibration: the covariance X X^T of every matrix's inputs over real prompts.
 
-Matrices that read the same stream (q k v; gate up) share one covariance. Products and sums are in float64: in
-float32 the Cholesky factorization that follows fails. Held on every rank: one K x K float64 matrix per layer and
-shared input.
+Matrices that read the same stream (q k v; gate up) share one covariance. Products and sums are in
+float64: in float32 the Cholesky factorization that follows fails. Held on every rank: one K x K
+float64 matrix per layer and shared input.
 """
 # N tokens, K inputs
 
@@ -30,10 +30,11 @@ def input_groups(family: Family) -> dict[str, str]:
 def covariances(
     model: CausalModel, forward: Callable[[Batch], Any], batches: Iterable[Batch], n_layers: int
 ) -> Covariances:
-    """Runs the batches of this rank through `forward` and sums X X^T over real tokens and over ranks.
+    """Runs the batches of this rank through `forward` and sums X X^T over real tokens and over
+    ranks.
 
-    forward: the engine of `model`. Every rank must have the same number of batches. Raises ValueError where an
-    input holds values that are not finite.
+    forward: the engine of `model`. Every rank must have the same number of batches. Raises
+    ValueError where an input holds values that are not finite.
     """
     found: Covariances = {}
     real_N: list[Tensor] = []
@@ -52,7 +53,9 @@ def covariances(
     for key in found:
         found[key] = distributed.sum_over_ranks(found[key])
         if not bool(found[key].isfinite().all()):
-            raise ValueError(f"calibration: inputs of layer {key[0]}, matrix {key[1]} are not finite")
+            raise ValueError(
+                f"calibration: inputs of layer {key[0]}, matrix {key[1]} are not finite"
+            )
     return found
 
 

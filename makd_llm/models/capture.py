@@ -1,9 +1,11 @@
-"""Scoped capture: inside `with capture(...)` a model shows what an objective asked for, and nothing else.
+"""Scoped capture: inside `with capture(...)` a model shows what an objective asked for, and nothing
+else.
 
-Queries and keys are taken after rotary embedding by an attention function registered with transformers'
-AttentionInterface. It calls SDPA as before, so no architecture is forced to eager attention and no T x T map
-exists. Matrix inputs, matrix outputs and hidden states come from hooks that live only inside the `with`; they are
-registered after DeepSpeed's own, so what they see is what DeepSpeed handed on.
+Queries and keys are taken after rotary embedding by an attention function registered with
+transformers' AttentionInterface. It calls SDPA as before, so no architecture is forced to eager
+attention and no T x T map exists. Matrix inputs, matrix outputs and hidden states come from hooks
+that live only inside the `with`; they are registered after DeepSpeed's own, so what they see is
+what DeepSpeed handed on.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,9 +54,9 @@ def capture(
 ) -> Iterator[Shown]:
     """Collects `needs` from the forward pass that runs inside the `with`.
 
-    model: a Hugging Face causal LM of that family, plain or low-rank. replay: inputs for the asked matrices; then
-    `Shown.matrix` holds each matrix's output for the replayed input, computed by a second call of the module (so
-    that ZeRO-3 gathers its weights), not for the model's own stream.
+    model: a Hugging Face causal LM of that family, plain or low-rank. replay: inputs for the asked
+    matrices; then `Shown.matrix` holds each matrix's output for the replayed input, computed by a
+    second call of the module (so that ZeRO-3 gathers its weights), not for the model's own stream.
     """
     shown = Shown()
     layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]

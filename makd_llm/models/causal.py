@@ -1,9 +1,10 @@
-"""A causal LM as training sees it: a backbone that makes hidden states, and a head that owns its weight.
+"""A causal LM as training sees it: a backbone that makes hidden states, and a head that owns its
+weight.
 
-Full-vocabulary logits of two models are the largest tensors of distillation, so they are never made whole: whatever
-needs them is a function handed to the head, which calls it with the hidden states and its own weight. The head owns
-that weight (the very Parameter of the output embedding, tied or not), so under ZeRO-3 it is gathered for the head's
-forward and for nothing else.
+Full-vocabulary logits of two models are the largest tensors of distillation, so they are never made
+whole: whatever needs them is a function handed to the head, which calls it with the hidden states
+and its own weight. The head owns that weight (the very Parameter of the output embedding, tied or
+not), so under ZeRO-3 it is gathered for the head's forward and for nothing else.
 """
 # B batch, T tokens, V vocabulary, D width
 
@@ -21,7 +22,7 @@ AtHead = Callable[[Tensor, Tensor], Any]
 
 
 class Head(nn.Module):
-    """Owner of the output weight. Calls `at_head(hidden_BTD, weight_VD)` where the weight is whole."""
+    """Owner of the output weight. Calls `at_head(hidden_BTD, weight_VD)` while it is whole."""
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
         super().__init__()
@@ -38,18 +39,21 @@ class CausalModel(nn.Module):
         super().__init__()
         self.model = model
         self.family = family
-        self.head = Head(model.get_output_embeddings().weight)  # type: ignore[union-attr,arg-type]
+        self.head = Head(model.get_output_embeddings().weight)
 
     def forward(
         self, batch: Batch, at_head: AtHead | None = None, generate: dict[str, Any] | None = None
     ) -> Any:
         """Last hidden states (B, T, D), after the final norm; with `at_head`, what that returns.
 
-        With `generate` (arguments of transformers' `generate`): the generated ids instead, (B, T + new). A whole
-        generation is one forward of this module, so that ZeRO-3 sees it begin and end.
+        With `generate` (arguments of transformers' `generate`): the generated ids instead, (B, T +
+        new). A whole generation is one forward of this module, so that ZeRO-3 sees it begin and
+        end.
         """
         if generate is not None:
-            return self.model.generate(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, **generate)
+            return self.model.generate(  # type: ignore[operator]
+                batch.input_ids_BT, attention_mask=batch.attention_mask_BT, **generate
+            )
         backbone = self.model.get_submodule(self.family.backbone)
         # Without a mask SDPA takes its fast causal path, and no (B, T, T) mask is built.
         hidden_BTD = backbone(

@@ -1,8 +1,9 @@
-"""`python -m makd_llm.models.gguf IN.gguf OUT`: a GGUF file as a Hugging Face folder of safetensors.
+"""`python -m makd_llm.models.gguf IN.gguf OUT`: a GGUF file as a Hugging Face folder of
+safetensors.
 
-transformers dequantizes the file but refuses to save such a model, so its tensors are copied into a fresh one. Two
-traps of the GGUF reader are undone: the quantization entry stays in the config, and the tokenizer's end-of-text
-token may be another one than the model's.
+transformers dequantizes the file but refuses to save such a model, so its tensors are copied into a
+fresh one. Two traps of the GGUF reader are undone: the quantization entry stays in the config, and
+the tokenizer's end-of-text token may be another one than the model's.
 """
 
 import sys
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes the folder in one move, so that it is either whole or absent. dtype as the file's config says."""
+    """Writes the folder in one move, so that it is either whole or absent. dtype as the file's
+    config says.
+    """
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = loaded.config

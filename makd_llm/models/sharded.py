@@ -1,8 +1,9 @@
 """A model folder loaded so that no rank ever holds the model whole.
 
-Under ZeRO-3 every parameter is partitioned as soon as its module is made, and then filled module by module: rank 0
-reads the module's tensors, the others receive them, each keeps its share. The largest thing a rank holds beside its
-shards is one module. Teacher, factorized student and trained student are all such folders and all come this way.
+Under ZeRO-3 every parameter is partitioned as soon as its module is made, and then filled module by
+module: rank 0 reads the module's tensors, the others receive them, each keeps its share. The
+largest thing a rank holds beside its shards is one module. Teacher, factorized student and trained
+student are all such folders and all come this way.
 """
 
 from contextlib import ExitStack
@@ -26,8 +27,9 @@ from makd_llm.models.modeling_lowrank import model_class_for
 def load_sharded(folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> CausalModel:
     """Builds the model of a folder and fills it.
 
-    deepspeed_config: the JSON of the engine that will own the model; stage 3 in it partitions the parameters.
-    Collective: every rank calls it. Raises UserError for an unknown architecture or missing tensors.
+    deepspeed_config: the JSON of the engine that will own the model; stage 3 in it partitions the
+    parameters. Collective: every rank calls it. Raises UserError for an unknown architecture or
+    missing tensors.
     """
     config = read_config(folder)
     family = family_of(config)
@@ -58,8 +60,10 @@ def _fill(model: PreTrainedModel, folder: Path, *, gathered: bool) -> None:
     wanted = {name for name, _ in model.named_parameters()}
     missing = sorted(name for name in wanted if name not in reader)
     if missing:
-        raise UserError(f"{folder}: tensor {missing[0]} is missing (and {len(missing) - 1} more); the files are "
-                        "not of this model's config.json")  # fmt: skip
+        raise UserError(
+            f"{folder}: tensor {missing[0]} is missing (and {len(missing) - 1} more); "
+            "the files are not of this model's config.json"
+        )
     for prefix, module in model.named_modules():
         own = {f"{prefix}.{n}": p for n, p in module.named_parameters(recurse=False)}
         own = {name: p for name, p in own.items() if name in wanted}

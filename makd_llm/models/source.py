@@ -1,7 +1,8 @@
-"""Where a model comes from: `builtin:NAME`, a Hub id, a local folder, or a .gguf file; always ends as a local folder.
+"""Where a model comes from: `builtin:NAME`, a Hub id, a local folder, or a .gguf file; always ends
+as a local folder.
 
-Everything after this reads safetensors tensor by tensor, so no process has to hold a model whole. A .gguf file is
-converted once, in a process of its own, and the result is kept in the cache folder.
+Everything after this reads safetensors tensor by tensor, so no process has to hold a model whole. A
+.gguf file is converted once, in a process of its own, and the result is kept in the cache folder.
 """
 
 import hashlib
@@ -28,9 +29,11 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenize
 
 
 def resolve_model(model: str) -> Path:
-    """The local folder of a model (config.json, *.safetensors, tokenizer). Safe to call on every rank at once.
+    """The local folder of a model (config.json, *.safetensors, tokenizer). Safe to call on every
+    rank at once.
 
-    Raises UserError where there is no such model, its files are incomplete, or a Hub cannot be reached.
+    Raises UserError where there is no such model, its files are incomplete, or a Hub cannot be
+    reached.
     """
     if model.startswith(BUILTIN):
         return _converted(fetch_builtin_model(model.removeprefix(BUILTIN)))
@@ -66,7 +69,7 @@ def _checked_folder(folder: Path) -> Path:
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder}: no *.safetensors; re-save the model with save_pretrained (safe serialization)"
+            f"{folder}: no *.safetensors; save the model again with transformers' save_pretrained"
         )
     return folder
 
@@ -79,13 +82,14 @@ def _from_hub(model: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{model}: not in the local cache, and the Hub did not give it ({reason}); download it elsewhere and "
-            "name the folder, set HF_ENDPOINT to a mirror you can reach, or use builtin:smollm2-135m-instruct"
+            f"{model}: not in the local cache, and the Hub did not give it ({reason}); download it "
+            "elsewhere and name the folder, set HF_ENDPOINT to a mirror you can reach, or use "
+            "builtin:smollm2-135m-instruct"
         ) from None
 
 
 def _converted(gguf: Path) -> Path:
-    """The safetensors folder made from a .gguf file, from the cache where it stands there already."""
+    """The safetensors folder made from a .gguf file, or found in the cache."""
     stat = gguf.stat()
     identity = f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     name = f"{gguf.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"

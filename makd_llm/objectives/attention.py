@@ -1,7 +1,7 @@
 """Layer level: divergence of the attention distributions, mean over the student's heads.
 
-L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary queries and keys (methods.md section
-1; the attention maps themselves never exist, see makd_kernels.attention_kl).
+L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary queries and keys
+(methods.md section 1; the attention maps themselves never exist, see makd_kernels.attention_kl).
 """
 # B batch, T tokens, H query heads
 
@@ -19,13 +19,16 @@ def attention_divergence(
     divergence: str = "forward_kl",
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence in nats per query, mean over heads. Returns (B, T) fp32, 0 where the query is padding.
+    """Divergence in nats per query, mean over heads. Returns (B, T) fp32, 0 where the query is
+    padding.
 
-    Raises ValueError where teacher and student see windows of different length (their distributions would be over
-    different keys).
+    Raises ValueError where teacher and student see windows of different length (their distributions
+    would be over different keys).
     """
     if student.window != teacher.window:
-        raise ValueError(f"attention windows differ: student {student.window}, teacher {teacher.window}")
+        raise ValueError(
+            f"attention windows differ: student {student.window}, teacher {teacher.window}"
+        )
     divergence_BHT = attention_kl(
         teacher.query_BHTD,
         teacher.key_BGTD,

@@ -1,8 +1,9 @@
 """All objectives of a run as one loss.
 
-Every objective is a sum over valid positions divided by the number of such positions in the whole optimizer step,
-over all ranks and micro-batches; that number comes in from outside, so the gradient is the same for every split.
-Units: the model level counts summary tokens ("targets"), the matrix and layer levels count all real tokens.
+Every objective is a sum over valid positions divided by the number of such positions in the whole
+optimizer step, over all ranks and micro-batches; that number comes in from outside, so the gradient
+is the same for every split. Units: the model level counts summary tokens ("targets"), the matrix
+and layer levels count all real tokens.
 """
 # B batch, T tokens, N summary tokens, V vocabulary, D and E widths
 
@@ -47,7 +48,9 @@ class Losses:
 
 
 class Objectives:
-    """The terms of a run, and each level's current multiplier (balance and schedule set it; 0 switches off)."""
+    """The terms of a run, and each level's current multiplier (balance and schedule set it; 0
+    switches off).
+    """
 
     def __init__(self, model_level: ModelLevel, terms: Mapping[str, Term]) -> None:
         self.model_level = model_level
@@ -111,22 +114,27 @@ class Objectives:
         teacher_hidden_BTE: Tensor | None = None,
         teacher_weight_VE: Tensor | None = None,
     ) -> Callable[[Tensor, Tensor], Any]:
-        """The function that the student's head calls with (hidden_BTD, weight_VD): the model level, or, where that
-        is off, a zero that keeps the whole model in the graph (ZeRO-3 has to see every module's backward)."""
+        """The function that the student's head calls with (hidden_BTD, weight_VD): the model level,
+        or, where that is off, a zero that keeps the whole model in the graph (ZeRO-3 has to see
+        every module's backward).
+        """
         level, scale = self.model_level, self.multiplier["model"] / denominators["targets"]
         if scale == 0 or not (level.cross_entropy or level.logits):
             return lambda hidden_BTD, weight_VD: (hidden_BTD[0, 0, 0] + weight_VD[0, 0]) * 0.0
-        with_teacher = level.logits > 0 and teacher_hidden_BTE is not None
 
-        def model_level(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        def model_level(
+            hidden_BTD: Tensor, weight_VD: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
             student_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
-            teacher_NE = teacher_hidden_BTE.flatten(0, 1)[batch.targets_N] if with_teacher else None
+            teacher_NE = None
+            if level.logits > 0 and teacher_hidden_BTE is not None:
+                teacher_NE = teacher_hidden_BTE.flatten(0, 1)[batch.targets_N]
             result: tuple[Tensor, Tensor, Tensor | None] = linear_cross_entropy_divergence_loss(
                 student_ND,
                 weight_VD,
                 batch.labels_BT.flatten()[batch.targets_N],
                 teacher_NE,
-                teacher_weight_VE if with_teacher else None,
+                None if teacher_NE is None else teacher_weight_VE,
                 cross_entropy_weight=scale * level.cross_entropy,
                 divergence_weight=scale * level.logits,
                 divergence=level.divergence,
@@ -146,13 +154,19 @@ class Objectives:
         batch: Batch,
         denominators: Mapping[str, float],
     ) -> Losses:
-        """at_head: what the head returned. Returns the loss whose gradient is to be taken, and the plain sums."""
+        """at_head: what the head returned. Returns the loss whose gradient is to be taken, and the
+        plain sums.
+        """
         sums: dict[str, Tensor] = {}
         parts: list[Tensor] = []
         mask_BT = batch.token_mask_BT
         for name, term in self.active.items():
-            sums[name] = torch.where(mask_BT, term.compare(student, teacher, batch.key_mask_BT), 0.0).sum()
-            parts.append(sums[name] * (term.weight * self.multiplier[term.level] / denominators["tokens"]))
+            sums[name] = torch.where(
+                mask_BT, term.compare(student, teacher, batch.key_mask_BT), 0.0
+            ).sum()
+            parts.append(
+                sums[name] * (term.weight * self.multiplier[term.level] / denominators["tokens"])
+            )
         if isinstance(at_head, Tensor):
             parts.append(at_head)
         else:

@@ -1,8 +1,8 @@
 """Squared error per token, with a backward that keeps one tensor.
 
-Written out in plain torch, (y - t)² in fp32 leaves three fp32 tensors of the outputs' size behind for the backward.
-Here the backward keeps the difference in the inputs' own dtype, so a matrix loss costs half a copy of what it
-compares.
+Written out in plain torch, (y - t)² in fp32 leaves three fp32 tensors of the outputs' size behind
+for the backward. Here the backward keeps the difference in the inputs' own dtype, so a matrix loss
+costs half a copy of what it compares.
 """
 # B batch, T tokens, M features
 
@@ -18,15 +18,17 @@ Normalize = Literal["relative", "mean"]
 def squared_error(
     student_BTM: Tensor, teacher_BTM: Tensor, *, normalize: Normalize = "relative"
 ) -> Tensor:
-    """|y_S - y_T|² per token, divided by |y_T|² (relative) or by M (mean). Returns (B, T) fp32 (or fp64).
+    """|y_S - y_T|² per token, divided by |y_T|² (relative) or by M (mean). Returns (B, T) fp32 (or
+    fp64).
 
-    The relative form is ours: it puts matrices, whose scales differ by orders of magnitude, on one scale. The mean
-    is MaKD's reconstruction. A token whose teacher output is all zero counts as its plain squared norm. The teacher
-    receives no gradient. Raises ValueError where shapes differ.
+    The relative form is ours: it puts matrices, whose scales differ by orders of magnitude, on one
+    scale. The mean is MaKD's reconstruction. A token whose teacher output is all zero counts as its
+    plain squared norm. The teacher receives no gradient. Raises ValueError where shapes differ.
     """
     if student_BTM.shape != teacher_BTM.shape:
         raise ValueError(
-            f"student {tuple(student_BTM.shape)} and teacher {tuple(teacher_BTM.shape)} differ in shape"
+            f"student {tuple(student_BTM.shape)} and teacher {tuple(teacher_BTM.shape)} "
+            "differ in shape"
         )
     result: Tensor = _SquaredError.apply(student_BTM, teacher_BTM.detach(), normalize)
     return result
@@ -44,7 +46,8 @@ class _SquaredError(torch.autograd.Function):
             norm_BT = torch.linalg.vector_norm(teacher_BTM, dim=-1, dtype=exact).square_()
             inverse_BT = torch.where(norm_BT > 0, norm_BT, 1.0).reciprocal_()
         ctx.save_for_backward(difference_BTM.to(student_BTM.dtype), inverse_BT)
-        return error_BT.mul_(inverse_BT)
+        scaled_BT: Tensor = error_BT.mul_(inverse_BT)
+        return scaled_BT
 
     @staticmethod
     @once_differentiable

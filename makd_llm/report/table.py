@@ -21,10 +21,20 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     """evaluation.json as the table that ends a run: what was kept, and at what size."""
     records = evaluation["records"]
     table = Table(
-        title=f"perplexity over {records['perplexity']} references, ROUGE over {records['rouge']} summaries",
+        title=f"perplexity over {records['perplexity']} references, "
+        f"ROUGE over {records['rouge']} summaries",
         caption=f"{evaluation['prompt']}\nROUGE: {evaluation['rouge_settings']}",
     )
-    for column in ("model", "parameters", "in blocks", "perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"):
+    for column in (
+        "model",
+        "parameters",
+        "in blocks",
+        "perplexity",
+        "ROUGE-1",
+        "ROUGE-2",
+        "ROUGE-L",
+        "ROUGE-Lsum",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in evaluation["models"].items():
         size = row.get("parameters")
@@ -46,7 +56,8 @@ def factorization_table(
     total = {name: count["total"] for name, count in parameters.items()}
     table = Table(
         title="factorized matrices",
-        caption=f"parameters: blocks {_millions(blocks['teacher'])} -> {_millions(blocks['student'])}, "
+        caption=f"parameters: blocks {_millions(blocks['teacher'])} -> "
+        f"{_millions(blocks['student'])}, "
         f"whole model {_millions(total['teacher'])} -> {_millions(total['student'])} "
         f"({total['student']:,} stored)",
     )

@@ -51,7 +51,13 @@ def build_records(
 
 
 def build_loader(
-    data: DataConfig, prompts: PromptBuilder, *, batch_size: int, micro_batch_size: int, seed: int, pad_id: int
+    data: DataConfig,
+    prompts: PromptBuilder,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    pad_id: int,
 ) -> TrainLoader:
     """This rank's micro-batches of the training split."""
     return TrainLoader(
@@ -70,7 +76,9 @@ def build_loader(
 
 
 def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Objectives:
-    """The objectives of a distillation, for a family and a depth. Raises UserError where nothing is to be learnt."""
+    """The objectives of a distillation, for a family and a depth. Raises UserError where nothing is
+    to be learnt.
+    """
     asked = distil.objectives
     split = round(distil.split * n_layers)
     terms: dict[str, Term] = {}
@@ -86,12 +94,21 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
                 normalize=asked.matrix.normalize,
                 teacher_input=asked.matrix.input == "teacher",
             )
-    if asked.attention.weight > 0 and (layers := _layers(asked.attention.layers, split, n_layers, "attention")):
+    if asked.attention.weight > 0 and (
+        layers := _layers(asked.attention.layers, split, n_layers, "attention")
+    ):
         terms["attention"] = attention_term(
-            layers, weight=asked.attention.weight, divergence=asked.attention.divergence, impl=distil.kernels
+            layers,
+            weight=asked.attention.weight,
+            divergence=asked.attention.divergence,
+            impl=distil.kernels,
         )
-    if asked.hidden.weight > 0 and (layers := _layers(asked.hidden.layers, split, n_layers, "hidden")):
-        terms["hidden"] = hidden_term(layers, weight=asked.hidden.weight, normalize=asked.hidden.normalize)
+    if asked.hidden.weight > 0 and (
+        layers := _layers(asked.hidden.layers, split, n_layers, "hidden")
+    ):
+        terms["hidden"] = hidden_term(
+            layers, weight=asked.hidden.weight, normalize=asked.hidden.normalize
+        )
     logits = asked.logits
     model_level = ModelLevel(
         cross_entropy=asked.cross_entropy.weight,
@@ -103,17 +120,21 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
     )
     objectives = Objectives(model_level, terms)
     if not objectives.levels:
-        raise UserError("distil.objectives: every weight is 0; give at least one objective a weight")
+        raise UserError(
+            "distil.objectives: every weight is 0; give at least one objective a weight"
+        )
     if distil.schedule.kind == "staged":
         _check_schedule(distil, objectives)
     return objectives
 
 
 def build_schedule(train: TrainConfig) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine down to a tenth of the peak, as a function of the step (from 0).
+    """Linear warm-up, then a cosine down to a tenth of the peak, as a function of the step (from
+    0).
 
-    The first step already learns and the last still does. (DeepSpeed's WarmupCosineLR, which a JSON with a
-    "scheduler" gets, takes its first steps with a learning rate of 0: two of a short run's twenty.)
+    The first step already learns and the last still does. (DeepSpeed's WarmupCosineLR, which a JSON
+    with a "scheduler" gets, takes its first steps with a learning rate of 0: two of a short run's
+    twenty.)
     """
     warmup, steps = train.warmup, train.steps
 
@@ -147,8 +168,8 @@ def _check_schedule(distil: DistilConfig, objectives: Objectives) -> None:
     for level, share in (staged_shares(distil) or {}).items():
         if share > 0 and level not in objectives.levels:
             raise UserError(
-                f"distil.schedule.{level} is {share} but no objective of that level is on; set it to 0, or give "
-                "one a weight"
+                f"distil.schedule.{level} is {share} but no objective of that level is on; "
+                "set it to 0, or give one a weight"
             )
 
 
@@ -162,7 +183,8 @@ def _layers(asked: Layers, split: int, n_layers: int, name: str) -> list[int]:
     wrong = [index for index in asked if not 0 <= int(index) < n_layers]
     if wrong:
         raise UserError(
-            f"distil.objectives.{name}.layers: there is no layer {wrong[0]}; the student has layers 0 to "
+            f"distil.objectives.{name}.layers: there is no layer {wrong[0]}; "
+            f"the student has layers 0 to "
             f"{n_layers - 1}"
         )
     return [int(index) for index in asked]

@@ -1,8 +1,8 @@
 """Joins the run's config with DeepSpeed's JSON.
 
-The JSON is DeepSpeed's own: precision, sharding, optimizer, clipping, batch sizes. Where it says "auto" the run's
-config fills the value in; where both say something different, that is an error that names both. `OWNED` is the
-table, ds_configs/README.md its prose.
+The JSON is DeepSpeed's own: precision, sharding, optimizer, clipping, batch sizes. Where it says
+"auto" the run's config fills the value in; where both say something different, that is an error
+that names both. `OWNED` is the table, ds_configs/README.md its prose.
 """
 
 import copy
@@ -30,13 +30,17 @@ OWNED: dict[str, str] = {
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """Reads `--ds`. Raises UserError for a missing or malformed file and for settings this program cannot honour."""
+    """Reads `--ds`. Raises UserError for a missing or malformed file and for settings this program
+    cannot honour.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such DeepSpeed config; ds_configs/ holds examples") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a DeepSpeed config; name a .json file in it") from None
+        raise UserError(
+            f"{path}: a folder, not a DeepSpeed config; name a .json file in it"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected a DeepSpeed config in JSON") from None
     except json.JSONDecodeError as error:
@@ -47,7 +51,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("optimizer"), dict):
         raise UserError(f"{path}: no optimizer; add one, as ds_configs/zero3.json has")
     if config.get("fp16", {}).get("enabled"):
-        raise UserError(f"{path}: fp16.enabled: only bf16 or fp32 are supported; set bf16.enabled instead")
+        raise UserError(
+            f"{path}: fp16.enabled: only bf16 or fp32 are supported; set bf16.enabled instead"
+        )
     return config
 
 
@@ -58,17 +64,50 @@ def _check_known_keys(config: dict[str, Any], path: Path) -> None:
     from deepspeed.runtime import constants
     from deepspeed.runtime.config import DeepSpeedConfig  # noqa: F401  (fills the constants' module)
 
-    known = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
-    known |= {"zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "aio", "flops_profiler",
-              "tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing", "autotuning",
-              "comms_logger", "compression_training", "data_efficiency", "elasticity", "checkpoint",
-              "data_types", "torch_autocast", "tensor_parallel", "compile", "zero_allow_untested_optimizer",
-              "zero_force_ds_cpu_optimizer", "sparse_attention", "wall_clock_breakdown", "dump_state",
-              "prescale_gradients", "gradient_predivide_factor", "communication_data_type", "seed"}  # fmt: skip
+    known = {
+        value
+        for name, value in vars(constants).items()
+        if name.isupper() and isinstance(value, str)
+    }
+    known |= {
+        "zero_optimization",
+        "optimizer",
+        "scheduler",
+        "fp16",
+        "bf16",
+        "aio",
+        "flops_profiler",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "activation_checkpointing",
+        "autotuning",
+        "comms_logger",
+        "compression_training",
+        "data_efficiency",
+        "elasticity",
+        "checkpoint",
+        "data_types",
+        "torch_autocast",
+        "tensor_parallel",
+        "compile",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "sparse_attention",
+        "wall_clock_breakdown",
+        "dump_state",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "communication_data_type",
+        "seed",
+    }
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else "see DeepSpeed's list of configuration keys"
+            advice = (
+                f"did you mean {near[0]}?" if near else "see DeepSpeed's list of configuration keys"
+            )
             raise UserError(f"{path}: unknown key {key}; {advice}")
 
 
@@ -77,7 +116,8 @@ def training_config(
 ) -> dict[str, Any]:
     """The complete JSON of the student's engine: every "auto" filled, batch sizes multiplied out.
 
-    section: the path of `train` in the run's config, for messages. Raises UserError on a contradiction.
+    section: the path of `train` in the run's config, for messages. Raises UserError on a
+    contradiction.
     """
     resolved = copy.deepcopy(deepspeed)
     for path, key in OWNED.items():
@@ -90,8 +130,12 @@ def training_config(
 
 
 def frozen_config(deepspeed: dict[str, Any], *, micro_batch_size: int) -> dict[str, Any]:
-    """The JSON of an engine that only runs forward: sharding and precision as in `--ds`, no optimizer."""
-    kept: dict[str, Any] = {key: copy.deepcopy(deepspeed[key]) for key in ("bf16",) if key in deepspeed}
+    """The JSON of an engine that only runs forward: sharding and precision as in `--ds`, no
+    optimizer.
+    """
+    kept: dict[str, Any] = {
+        key: copy.deepcopy(deepspeed[key]) for key in ("bf16",) if key in deepspeed
+    }
     zero = copy.deepcopy(deepspeed.get("zero_optimization", {}))
     zero.pop("offload_optimizer", None)
     # Only stage 3 shards weights; below it there is nothing to shard without an optimizer.
@@ -102,7 +146,7 @@ def frozen_config(deepspeed: dict[str, Any], *, micro_batch_size: int) -> dict[s
 
 
 def dtype_of(deepspeed: dict[str, Any]) -> torch.dtype:
-    """The dtype of weights and activations: bfloat16 where the JSON enables it, float32 otherwise."""
+    """The dtype of weights and activations: bfloat16 where the JSON says so, else float32."""
     return torch.bfloat16 if deepspeed.get("bf16", {}).get("enabled") else torch.float32
 
 
@@ -118,13 +162,17 @@ def _join(
     stated = place[last]
     if stated == AUTO:
         if value is None and path != "train_micro_batch_size_per_gpu":
-            raise UserError(f'{ds_path}: {path} is "auto" but {run_key} is null; give one of them a value')
+            raise UserError(
+                f'{ds_path}: {path} is "auto" but {run_key} is null; give one of them a value'
+            )
         if value is None:
             del place[last]
         else:
             place[last] = value
     elif explicit and value is not None and stated != value:
-        raise UserError(f'{ds_path}: {path} is {stated} but {run_key} is {value}; remove one, or set "auto"')
+        raise UserError(
+            f'{ds_path}: {path} is {stated} but {run_key} is {value}; remove one, or set "auto"'
+        )
 
 
 def _multiply_out(config: dict[str, Any], world_size: int, ds_path: Path) -> None:
@@ -135,7 +183,9 @@ def _multiply_out(config: dict[str, Any], world_size: int, ds_path: Path) -> Non
     accumulation = None if accumulation == AUTO else accumulation
     if batch is None:
         if micro is None:
-            raise UserError(f"{ds_path}: neither train_batch_size nor train_micro_batch_size_per_gpu is set")
+            raise UserError(
+                f"{ds_path}: neither train_batch_size nor train_micro_batch_size_per_gpu is set"
+            )
         batch = micro * (accumulation or 1) * world_size
     if micro is None:
         micro = batch // (world_size * (accumulation or 1))
@@ -143,8 +193,9 @@ def _multiply_out(config: dict[str, Any], world_size: int, ds_path: Path) -> Non
         accumulation = max(1, batch // (world_size * max(1, micro)))
     if batch != micro * accumulation * world_size or micro < 1:
         raise UserError(
-            f"{ds_path}: batch size {batch} is not micro-batch {micro} x accumulation {accumulation} x "
-            f"{world_size} ranks; choose a batch size that {world_size} ranks can share"
+            f"{ds_path}: batch size {batch} is not micro-batch {micro} x "
+            f"accumulation {accumulation} x {world_size} ranks; "
+            "choose a batch size that the ranks can share"
         )
     config["train_batch_size"] = batch
     config["train_micro_batch_size_per_gpu"] = micro

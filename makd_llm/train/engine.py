@@ -1,8 +1,8 @@
 """The two DeepSpeed engines: the student's trains, the teacher's only runs forward.
 
-Both wrap a CausalModel and offer the same three things: a forward, a scoped capture, and the output weight gathered
-for the time of a `with`. The teacher is frozen, in eval mode, and its forward runs without autograd; nothing can give
-it a gradient.
+Both wrap a CausalModel and offer the same three things: a forward, a scoped capture, and the output
+weight gathered for the time of a `with`. The teacher is frozen, in eval mode, and its forward runs
+without autograd; nothing can give it a gradient.
 """
 
 import gc
@@ -32,7 +32,9 @@ class Frozen:
         self.model = model
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         self._engine.eval()
-        self._sharded = deepspeed_config["zero_optimization"]["stage"] == 3 and distributed.world_size() > 1
+        self._sharded = (
+            deepspeed_config["zero_optimization"]["stage"] == 3 and distributed.world_size() > 1
+        )
 
     @torch.no_grad()
     def __call__(self, batch: Batch, at_head: AtHead | None = None) -> Any:
@@ -41,7 +43,9 @@ class Frozen:
 
     @torch.no_grad()
     def generate(self, batch: Batch, **arguments: Any) -> Tensor:
-        """Generated ids (B, T + new) for left-padded prompts; arguments of transformers' `generate`."""
+        """Generated ids (B, T + new) for left-padded prompts; arguments of transformers'
+        `generate`.
+        """
         # Under ZeRO-3 every rank must run every forward, also one whose texts have all ended.
         result: Tensor = self._engine(batch, None, {**arguments, "synced_gpus": self._sharded})
         return result
@@ -74,7 +78,9 @@ class Trained:
         gradient_checkpointing: bool = False,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
-        """schedule: step (from 0) -> share of the peak learning rate; ignored where the JSON has a scheduler."""
+        """schedule: step (from 0) -> share of the peak learning rate; ignored where the JSON has a
+        scheduler.
+        """
         if gradient_checkpointing:
             # Reentrant checkpointing would cut captured tensors off from autograd.
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -84,7 +90,9 @@ class Trained:
             model=model,
             config=deepspeed_config,
             model_parameters=list(model.parameters()),
-            lr_scheduler=None if schedule is None or "scheduler" in deepspeed_config else partial(LambdaLR, lr_lambda=schedule),
+            lr_scheduler=None
+            if schedule is None or "scheduler" in deepspeed_config
+            else partial(LambdaLR, lr_lambda=schedule),
         )
         self.accumulation_steps: int = self.engine.gradient_accumulation_steps()
         self.data_parallel_size: int = self.engine.dp_world_size
@@ -101,7 +109,7 @@ class Trained:
         return capture(self.model.model, self.model.family, needs, replay)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward through DeepSpeed, which divides by accumulation steps and averages over ranks."""
+        """Backward by DeepSpeed, which divides by accumulation steps and averages over ranks."""
         self.engine.backward(loss)
 
     def step(self) -> None:
@@ -132,7 +140,9 @@ class Trained:
 
 
 def whole_tensors(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under their Hugging Face names, one at a time, whole, on the CPU. Collective."""
+    """The model's parameters under their Hugging Face names, one at a time, whole, on the CPU.
+    Collective.
+    """
     for name, parameter in model.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             yield name, parameter.detach().to("cpu", copy=True)

@@ -1,7 +1,8 @@
 """How much each level counts, step by step: the balance of the levels and the schedule.
 
-Levels differ by orders of magnitude and change at different speeds. `LevelBalance` keeps each level's share of the
-loss at a given ratio; `staged_level` says which level learns when levels take turns.
+Levels differ by orders of magnitude and change at different speeds. `LevelBalance` keeps each
+level's share of the loss at a given ratio; `staged_level` says which level learns when levels take
+turns.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LevelBalance:
-    """Multipliers m_l such that m_l L_l are in the ratio of the shares; the reference level keeps m = 1.
+    """Multipliers m_l such that m_l L_l are in the ratio of the shares; the reference level keeps m
+    = 1.
 
-    Reconstruction (ours; methods.md section 1 asks for the ratio of gradient norms, or of losses, which is cheaper
-    and what this does). The reference is `model` where it is on, otherwise the first level.
+    Reconstruction (ours; methods.md section 1 asks for the ratio of gradient norms, or of losses,
+    which is cheaper and what this does). The reference is `model` where it is on, otherwise the
+    first level.
     """
 
     shares: Mapping[str, float]
@@ -26,7 +29,9 @@ class LevelBalance:
 
     def measure(self, losses: Mapping[str, float]) -> None:
         """losses: each active level's weighted loss without its multiplier, over all ranks."""
-        usable = {level: loss for level, loss in losses.items() if loss > 0 and self.shares[level] > 0}
+        usable = {
+            level: loss for level, loss in losses.items() if loss > 0 and self.shares[level] > 0
+        }
         if not usable:
             return
         reference = "model" if "model" in usable else next(iter(usable))
@@ -36,8 +41,10 @@ class LevelBalance:
 
 
 def staged_level(step: int, steps: int, shares: Mapping[str, float]) -> str:
-    """The level that learns at `step` (from 1 to `steps`) where matrix, layer and model take turns, as TinyBERT's
-    two stages do. shares: of the steps, in that order; levels with share 0 never come."""
+    """The level that learns at `step` (from 1 to `steps`) where matrix, layer and model take turns,
+    as TinyBERT's two stages do. shares: of the steps, in that order; levels with share 0 never
+    come.
+    """
     total = sum(shares.values())
     reached = 0.0
     level = ""

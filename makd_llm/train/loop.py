@@ -1,7 +1,8 @@
 """The training loop: steps, metrics, checkpoints, and every way a run can end.
 
-One optimizer step is: this rank's micro-batches; the counts of valid positions summed over all ranks, once; a
-backward per micro-batch; DeepSpeed's step. The loop knows nothing of what is learnt: `step_fn` does.
+One optimizer step is: this rank's micro-batches; the counts of valid positions summed over all
+ranks, once; a backward per micro-batch; DeepSpeed's step. The loop knows nothing of what is learnt:
+`step_fn` does.
 """
 
 import json
@@ -63,10 +64,15 @@ class Loop:
         self._resume()
 
     def run(self, step_fn: StepFn) -> None:
-        """Trains to the last step. Raises Interrupted after a signal (saved), Diverged after too many bad steps."""
+        """Trains to the last step. Raises Interrupted after a signal (saved), Diverged after too
+        many bad steps.
+        """
         settings = self.settings
         saved = self.step
-        with Metrics(self.run_dir, settings.stage, steps=settings.steps, start=self.step) as metrics, _signals() as stop:
+        with (
+            Metrics(self.run_dir, settings.stage, steps=settings.steps, start=self.step) as metrics,
+            _signals() as stop,
+        ):
             if self.step:
                 metrics.note(f"{settings.stage}: resumed at step {self.step} of {settings.steps}")
             while self.step < settings.steps:
@@ -76,22 +82,34 @@ class Loop:
                     self.save()
                     saved = self.step
                 if asked_to_stop and not at_end:
-                    raise Interrupted(f"{settings.stage}: stopped at step {saved} of {settings.steps}, state saved; "
-                                      "the same command goes on from here")  # fmt: skip
+                    raise Interrupted(
+                        f"{settings.stage}: stopped at step {saved} of {settings.steps}, "
+                        "state saved; the same command goes on from here"
+                    )
 
     def save(self) -> None:
         """Writes a checkpoint of this moment. Collective."""
-        self.checkpoints.save(self.model.engine, self.step, {
-            "step": self.step, "loader": self.loader.state_dict(), "skipped": self.skipped,
-            "bad_in_a_row": self.bad_in_a_row,
-            "multiplier": self.balance.multiplier if self.balance else {},
-        })  # fmt: skip
+        self.checkpoints.save(
+            self.model.engine,
+            self.step,
+            {
+                "step": self.step,
+                "loader": self.loader.state_dict(),
+                "skipped": self.skipped,
+                "bad_in_a_row": self.bad_in_a_row,
+                "multiplier": self.balance.multiplier if self.balance else {},
+            },
+        )
 
     def _resume(self) -> None:
         state = self.checkpoints.load(self.model.engine)
         if state is None:
             return
-        self.step, self.skipped, self.bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
+        self.step, self.skipped, self.bad_in_a_row = (
+            state["step"],
+            state["skipped"],
+            state["bad_in_a_row"],
+        )
         self.loader.load_state_dict(state["loader"])
         if self.balance:
             self.balance.multiplier = state["multiplier"]
@@ -104,7 +122,11 @@ class Loop:
         self._set_multipliers()
         batches = self.loader.next_step()
         counts = torch.tensor(
-            [sum(int(b.n_targets) for b in batches), sum(int(b.n_tokens) for b in batches), len(stop)],
+            [
+                sum(int(b.n_targets) for b in batches),
+                sum(int(b.n_tokens) for b in batches),
+                len(stop),
+            ],
             dtype=torch.float64,
         )
         targets, tokens, stopping = distributed.sum_over_ranks(counts).tolist()
@@ -116,19 +138,30 @@ class Loop:
             self.model.step()
         self._watch(batches, metrics)
         balancing = self.balance is not None and self.balance.due(self.step)
-        if balancing or self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
+        if (
+            balancing
+            or self.step % self.settings.log_every == 0
+            or self.step == self.settings.steps
+        ):
             means = _means(sums, denominators)
             if balancing:
                 self._measure_levels(means)
             seconds = time.monotonic() - began
-            metrics.write(self.step, {
-                "loss": sum(self._weight(n) * v for n, v in means.items()),
-                **{f"loss/{name}": value for name, value in means.items()},
-                "gradient_norm": self.model.gradient_norm, "learning_rate": learning_rate,
-                "tokens": int(tokens), "tokens_per_second": tokens / seconds, "seconds": seconds,
-                "epoch": self.loader.epoch, "skipped_steps": self.skipped,
-            })  # fmt: skip
-        return stopping > 0
+            metrics.write(
+                self.step,
+                {
+                    "loss": sum(self._weight(n) * v for n, v in means.items()),
+                    **{f"loss/{name}": value for name, value in means.items()},
+                    "gradient_norm": self.model.gradient_norm,
+                    "learning_rate": learning_rate,
+                    "tokens": int(tokens),
+                    "tokens_per_second": tokens / seconds,
+                    "seconds": seconds,
+                    "epoch": self.loader.epoch,
+                    "skipped_steps": self.skipped,
+                },
+            )
+        return bool(stopping > 0)
 
     def _set_multipliers(self) -> None:
         multiplier = dict.fromkeys(self.objectives.multiplier, 1.0)
@@ -148,10 +181,15 @@ class Loop:
         self.balance.measure(losses)
 
     def _weight(self, name: str) -> float:
-        return self.objectives.weight_of(name) * self.objectives.multiplier[self.objectives.level_of(name)]
+        return (
+            self.objectives.weight_of(name)
+            * self.objectives.multiplier[self.objectives.level_of(name)]
+        )
 
     def _watch(self, batches: list[Batch], metrics: Metrics) -> None:
-        """Counts steps that DeepSpeed skipped because the gradient was not finite; gives up after too many."""
+        """Counts steps that DeepSpeed skipped because the gradient was not finite; gives up after
+        too many.
+        """
         if self.model.step_applied:
             self.bad_in_a_row = 0
             return
@@ -160,12 +198,18 @@ class Loop:
         shares = distributed.gather_objects([i for b in batches for i in b.record_ids])
         ids = [i for share in shares for i in share]
         path = self.run_dir / "bad_steps.jsonl"
-        distributed.on_main(_append, path, {"stage": self.settings.stage, "step": self.step, "record_ids": ids})
-        metrics.note(f"{self.settings.stage}: step {self.step} skipped, its gradient is not finite; records in {path}")
+        distributed.on_main(
+            _append, path, {"stage": self.settings.stage, "step": self.step, "record_ids": ids}
+        )
+        metrics.note(
+            f"{self.settings.stage}: step {self.step} skipped, its gradient is not finite; "
+            f"records in {path}"
+        )
         if self.bad_in_a_row >= self.settings.max_bad_steps:
             raise Diverged(
-                f"{self.settings.stage}: {self.bad_in_a_row} steps in a row without a finite gradient, last step "
-                f"{self.step}; their records are in {path}; lower the learning rate, or look at those records"
+                f"{self.settings.stage}: {self.bad_in_a_row} steps in a row without a finite "
+                f"gradient, last step {self.step}; their records are in {path}; lower the learning "
+                "rate, or look at those records"
             )
 
 
@@ -188,7 +232,9 @@ def _signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying of them; a list, so that it can be looked at."""
     received: list[int] = []
     kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds}
+    before = {
+        kind: signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds
+    }
     try:
         yield received
     finally:

@@ -1,7 +1,9 @@
-"""What a training run says of itself: metrics.jsonl and TensorBoard always, a progress bar where somebody looks.
+"""What a training run says of itself: metrics.jsonl and TensorBoard always, a progress bar where
+somebody looks.
 
-Only rank 0 writes. On a terminal it shows a bar (step, losses, tokens/s, time left), elsewhere one line per logged
-step. A resumed run drops what the file says of steps after the checkpoint, so every step stands in it once.
+Only rank 0 writes. On a terminal it shows a bar (step, losses, tokens/s, time left), elsewhere one
+line per logged step. A resumed run drops what the file says of steps after the checkpoint, so every
+step stands in it once.
 """
 
 import json
@@ -34,8 +36,13 @@ class Metrics:
         self._board = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=start + 1)
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                       TextColumn("{task.fields[said]}"))  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[said]}"),
+            )
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task(stage, total=steps, completed=start, said="")
             self._bar.start()
@@ -44,7 +51,9 @@ class Metrics:
         """Records the values of one step."""
         if not distributed.is_main():
             return
-        print(json.dumps({"stage": self.stage, "step": step, **values}), file=self._file, flush=True)
+        print(
+            json.dumps({"stage": self.stage, "step": step, **values}), file=self._file, flush=True
+        )
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
@@ -62,14 +71,19 @@ class Metrics:
 
     @staticmethod
     def _line(values: dict[str, Any]) -> str:
-        losses = "  ".join(f"{n.removeprefix('loss/')} {v:.3f}" for n, v in values.items() if n.startswith("loss"))
+        losses = "  ".join(
+            f"{n.removeprefix('loss/')} {v:.3f}" for n, v in values.items() if n.startswith("loss")
+        )
         return f"{losses}  {values['tokens_per_second']:.0f} tokens/s"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not distributed.is_main():
             return

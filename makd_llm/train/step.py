@@ -15,7 +15,9 @@ def distill_step(
     batch: Batch,
     denominators: dict[str, float],
 ) -> Losses:
-    """Adds one micro-batch's gradient. denominators: valid positions of the whole optimizer step, per unit."""
+    """Adds one micro-batch's gradient. denominators: valid positions of the whole optimizer step,
+    per unit.
+    """
     with torch.no_grad(), teacher.capture(objectives.needs_of_teacher) as shown_by_teacher:
         teacher_hidden_BTD = teacher(batch)
     replay = shown_by_teacher.matrix_input if objectives.replays_teacher_input else None
@@ -33,7 +35,7 @@ def distill_step(
 def finetune_step(
     model: Trained, objectives: Objectives, batch: Batch, denominators: dict[str, float]
 ) -> Losses:
-    """The same without a teacher: for tuning the teacher itself, and for objectives that need none."""
+    """The same without a teacher: to tune the teacher, and for objectives that need none."""
     model_level = model(batch, objectives.at_head(batch, denominators))
     losses = objectives(model_level, Shown(), Shown(), batch, denominators)
     model.backward(losses.total * (model.data_parallel_size * model.accumulation_steps))

@@ -66,22 +66,31 @@ def test_an_empty_folder_gives_none(tmp_path: Path) -> None:
 
 def test_only_the_newest_few_are_kept(tmp_path: Path) -> None:
     case = Case(tmp_path / "few", keep=2)
-    assert sorted(p.name for p in case.folder.glob("step-*")) == [step_folder(case, s).name for s in (2, 3)]
+    assert sorted(p.name for p in case.folder.glob("step-*")) == [
+        step_folder(case, s).name for s in (2, 3)
+    ]
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "weights.pt").write_bytes((f / "weights.pt").read_bytes()[:-7]), "weights.pt is truncated"),
+        (
+            lambda f: (f / "weights.pt").write_bytes((f / "weights.pt").read_bytes()[:-7]),
+            "weights.pt is truncated",
+        ),
         (lambda f: (f / "weights.pt").unlink(), "weights.pt is missing"),
         (lambda f: (f / "manifest.json").unlink(), "manifest is missing"),
         (lambda f: _flip(f / "weights.pt"), "SHA-256 differs"),
     ],
 )
-def test_a_damaged_one_is_reported_and_the_one_before_it_is_used(case: Case, damage: Any, words: str) -> None:
+def test_a_damaged_one_is_reported_and_the_one_before_it_is_used(
+    case: Case, damage: Any, words: str
+) -> None:
     damage(step_folder(case, 3))
     assert case.loaded() == (2.0, {"step": 2})
-    assert len(case.said) == 1 and words in case.said[0] and str(step_folder(case, 3)) in case.said[0]
+    assert (
+        len(case.said) == 1 and words in case.said[0] and str(step_folder(case, 3)) in case.said[0]
+    )
 
 
 def test_a_missing_newest_is_reported_too(case: Case) -> None:

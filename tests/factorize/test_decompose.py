@@ -33,7 +33,9 @@ def test_residuals_are_what_they_say(weight: torch.Tensor, rank: int) -> None:
     error = torch.linalg.norm(weight - plain.up_MR @ plain.down_RK) / torch.linalg.norm(weight)
     assert plain.residual == pytest.approx(float(error), rel=1e-6)
     outputs = x @ weight.T
-    error = torch.linalg.norm(outputs - x @ (white.up_MR @ white.down_RK).T) / torch.linalg.norm(outputs)
+    error = torch.linalg.norm(outputs - x @ (white.up_MR @ white.down_RK).T) / torch.linalg.norm(
+        outputs
+    )
     assert white.residual == pytest.approx(float(error), rel=1e-6)
 
 
@@ -45,7 +47,9 @@ def test_whitening_is_better_on_the_outputs_and_svd_on_the_weights(weight: torch
         off = weight - product
         return float(torch.linalg.norm(x @ off.T)), float(torch.linalg.norm(off))
 
-    on_outputs, on_weights = zip(errors(plain.up_MR @ plain.down_RK), errors(white.up_MR @ white.down_RK), strict=True)
+    on_outputs, on_weights = zip(
+        errors(plain.up_MR @ plain.down_RK), errors(white.up_MR @ white.down_RK), strict=True
+    )
     assert on_outputs[1] < 0.7 * on_outputs[0]
     assert on_weights[0] < on_weights[1]
 
@@ -66,7 +70,9 @@ def test_the_root_is_a_root_and_nan_is_refused() -> None:
         whitening_root(torch.full((3, 3), float("nan"), dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("rows", "columns", "keep"), [(576, 1536, 0.5), (192, 576, 0.3), (8, 8, 1.0), (2, 2, 0.01)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "keep"), [(576, 1536, 0.5), (192, 576, 0.3), (8, 8, 1.0), (2, 2, 0.01)]
+)
 def test_ranks_keep_within_the_budget(rows: int, columns: int, keep: float) -> None:
     rank = uniform_rank(rows, columns, keep)
     assert rank >= 1

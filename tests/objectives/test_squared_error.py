@@ -8,12 +8,18 @@ from makd_llm.objectives.squared_error import squared_error
 
 def plain(student: torch.Tensor, teacher: torch.Tensor, normalize: str) -> torch.Tensor:
     error = (student.double() - teacher.double()).square().sum(-1)
-    return error / (teacher.double().square().sum(-1) if normalize == "relative" else student.shape[-1])
+    return error / (
+        teacher.double().square().sum(-1) if normalize == "relative" else student.shape[-1]
+    )
 
 
 @pytest.mark.parametrize("normalize", ["relative", "mean"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_value_and_gradient_equal_the_plain_formula(normalize: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_value_and_gradient_equal_the_plain_formula(
+    normalize: str, dtype: torch.dtype, tolerance: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(2, 5, 7, generator=generator).to(dtype).requires_grad_()
     teacher = torch.randn(2, 5, 7, generator=generator).to(dtype)
@@ -25,7 +31,7 @@ def test_value_and_gradient_equal_the_plain_formula(normalize: str, dtype: torch
     wanted = plain(exact, teacher, normalize)
     (wanted * upstream).sum().backward()
     torch.testing.assert_close(got.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)  # type: ignore
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)  # type: ignore[union-attr]
     assert torch.equal(student, before), "the input is left as it was"
     assert got.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
 
@@ -45,6 +51,9 @@ def test_shapes_that_differ_are_refused() -> None:
 
 
 def test_the_teacher_receives_no_gradient() -> None:
-    student, teacher = torch.ones(1, 2, 3, requires_grad=True), torch.zeros(1, 2, 3, requires_grad=True)
+    student, teacher = (
+        torch.ones(1, 2, 3, requires_grad=True),
+        torch.zeros(1, 2, 3, requires_grad=True),
+    )
     squared_error(student, teacher, normalize="mean").sum().backward()
     assert teacher.grad is None

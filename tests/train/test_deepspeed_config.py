@@ -16,7 +16,11 @@ ZERO3 = next(path for path in SHIPPED if path.name == "zero3.json")
 
 def joined(ds: dict[str, Any], world_size: int = 2, **train: Any) -> dict[str, Any]:
     return training_config(
-        ds, TrainConfig(**train), world_size=world_size, ds_path=Path("ds.json"), section="distil.train"
+        ds,
+        TrainConfig(**train),
+        world_size=world_size,
+        ds_path=Path("ds.json"),
+        section="distil.train",
     )
 
 
@@ -50,7 +54,9 @@ def test_two_different_values_are_an_error_that_names_both_places() -> None:
     ds["gradient_clipping"] = 0.5
     with pytest.raises(UserError) as caught:
         joined(ds, gradient_clipping=1.0)
-    assert "ds.json: gradient_clipping is 0.5 but distil.train.gradient_clipping is 1.0" in str(caught.value)
+    assert "ds.json: gradient_clipping is 0.5 but distil.train.gradient_clipping is 1.0" in str(
+        caught.value
+    )
     assert joined(ds)["gradient_clipping"] == 0.5, "the run config's default gives way"
 
 
@@ -62,14 +68,17 @@ def test_a_scheduler_of_the_json_gets_the_steps_of_the_run() -> None:
 
 
 def test_auto_without_a_value_is_an_error() -> None:
-    with pytest.raises(UserError, match='optimizer.params.lr is "auto" but distil.train.learning_rate is null'):
+    with pytest.raises(UserError, match=r'"auto" but distil.train.learning_rate is null'):
         joined(read_deepspeed_config(ZERO3), learning_rate=None)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"zero_optimisation": {}}', "unknown key zero_optimisation; did you mean zero_optimization?"),
+        (
+            '{"zero_optimisation": {}}',
+            "unknown key zero_optimisation; did you mean zero_optimization?",
+        ),
         ('{"bf16": {"enabled": true},\n', "line 2: not JSON"),
         ("[1]", "expected a JSON object, found a list"),
         ('{"bf16": {"enabled": true}}', "no optimizer"),

@@ -1,7 +1,8 @@
-"""What has to hold under ZeRO-3: the gradient does not depend on the split, the teacher is never touched, memory
-stays, and broken steps are skipped and counted.
+"""What has to hold under ZeRO-3: the gradient does not depend on the split, the teacher is never
+touched, memory stays, and broken steps are skipped and counted.
 
-Starting processes is the dear part, so each group of checks shares one start; the tests below look at its results.
+Starting processes is the dear part, so each group of checks shares one start; the tests below look
+at its results.
 """
 
 import copy
@@ -36,7 +37,6 @@ def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
 def factorized(folder: Path) -> Path:
     """The student's folder, made by plain SVD; every rank calls this, first of all."""
     from makd_llm import distributed
-
     from makd_llm.factorize.parallel import factorize
     from makd_llm.models.source import load_tokenizer
 
@@ -47,7 +47,11 @@ def factorized(folder: Path) -> Path:
 
 
 def parts(
-    folder: Path, student: Path, ds: dict[str, Any], objectives: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    student: Path,
+    ds: dict[str, Any],
+    objectives: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Student engine, teacher engine, objectives and loader of a small run."""
     from makd_llm import distributed
@@ -61,7 +65,9 @@ def parts(
     from makd_llm.train.engine import Frozen, Trained
 
     config = read_config(student)
-    distil = DistilConfig.model_validate({"objectives": objectives or {}, **changes.pop("distil", {})})
+    distil = DistilConfig.model_validate(
+        {"objectives": objectives or {}, **changes.pop("distil", {})}
+    )
     data = DataConfig(source=str(folder / "train.jsonl"), max_length=64, **changes.pop("data", {}))
     frozen = frozen_config(ds, micro_batch_size=2)
     trained = Trained(load_sharded(student, ds, torch.float32), ds, **changes)
@@ -79,7 +85,9 @@ def parts(
     return trained, teacher, built, loader
 
 
-def gradients(folder: Path, student: Path, ds: dict[str, Any], **changes: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    folder: Path, student: Path, ds: dict[str, Any], **changes: Any
+) -> dict[str, torch.Tensor]:
     """The gradient of one optimizer step's loss, whole, before clipping."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -101,7 +109,9 @@ def gradients(folder: Path, student: Path, ds: dict[str, Any], **changes: Any) -
 
 
 def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
-    """The same by plain transformers and autograd, the objective written out in full: what the rest is checked by."""
+    """The same by plain transformers and autograd, the objective written out in full: what the rest
+    is checked by.
+    """
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
@@ -111,17 +121,27 @@ def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
 
     data = DataConfig(source=str(folder / "train.jsonl"), max_length=64)
     prompts = build_prompts(data, load_tokenizer(student))
-    batch = build_loader(data, prompts, batch_size=4, micro_batch_size=4, seed=1, pad_id=2).next_step()[0]
+    batch = build_loader(
+        data, prompts, batch_size=4, micro_batch_size=4, seed=1, pad_id=2
+    ).next_step()[0]
     models = []
     for path in (student, folder / "teacher"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
         seen: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
             if name.rpartition(".")[2].endswith("_proj"):
-                module.register_forward_hook(lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o))
+                module.register_forward_hook(
+                    lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o)
+                )
             if name.startswith("model.layers.") and name.count(".") == 2:
-                module.register_forward_hook(lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o))
-        out = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_attentions=True)
+                module.register_forward_hook(
+                    lambda m, i, o, seen=seen, name=name: seen.__setitem__(name, o)
+                )
+        out = model(
+            batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_attentions=True
+        )
         models.append((model, out, seen))
     (model, student_out, ours), (_, teacher_out, theirs) = models
     real = batch.token_mask_BT
@@ -155,7 +175,9 @@ def on_one_rank(folder: str) -> dict[str, Any]:
         "batch 4": gradients(Path(folder), student, sizes(1, 4)),
         "accumulation 2": gradients(Path(folder), student, sizes(1, 2)),
         "stage 1": gradients(Path(folder), student, sizes(1, 4, stage=1)),
-        "left padding": gradients(Path(folder), student, sizes(1, 4), data={"padding_side": "left"}),
+        "left padding": gradients(
+            Path(folder), student, sizes(1, 4), data={"padding_side": "left"}
+        ),
         "checkpointing": gradients(Path(folder), student, sizes(1, 4), gradient_checkpointing=True),
     }
 
@@ -174,7 +196,13 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     }
 
 
-def run_loop(folder: Path, student: Path, steps: int, after: Callable[[int], None] = lambda step: None, **changes: Any) -> Any:
+def run_loop(
+    folder: Path,
+    student: Path,
+    steps: int,
+    after: Callable[[int], None] = lambda step: None,
+    **changes: Any,
+) -> Any:
     from makd_llm.checkpoint.state import Checkpoints
     from makd_llm.train.build import staged_shares
     from makd_llm.train.loop import Loop, LoopSettings
@@ -186,9 +214,18 @@ def run_loop(folder: Path, student: Path, steps: int, after: Callable[[int], Non
     spoil(teacher)
     from makd_llm.config import DistilConfig
 
-    settings = LoopSettings("distil", steps, 10**9, max_bad_steps=3, staged=staged_shares(DistilConfig(**distil)))
+    settings = LoopSettings(
+        "distil", steps, 10**9, max_bad_steps=3, staged=staged_shares(DistilConfig(**distil))
+    )
     run_dir = folder / f"run-{steps}"
-    loop = Loop(trained, objectives, loader, Checkpoints(run_dir / "checkpoints", keep=1, tell=print), settings, run_dir)
+    loop = Loop(
+        trained,
+        objectives,
+        loader,
+        Checkpoints(run_dir / "checkpoints", keep=1, tell=print),
+        settings,
+        run_dir,
+    )
 
     def step(batch: Any, counts: dict[str, float]) -> Any:
         losses = distill_step(trained, teacher, objectives, batch, counts)
@@ -263,7 +300,10 @@ def staged(folder: Path, student: Path) -> list[list[str]]:
     trained.close()
     teacher.close()
     lines = (folder / "run-8" / "metrics.jsonl").read_text().splitlines()
-    return [[k.removeprefix("loss/") for k in json.loads(line) if k.startswith("loss/")] for line in lines]
+    return [
+        [k.removeprefix("loss/") for k in json.loads(line) if k.startswith("loss/")]
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -276,15 +316,23 @@ def two_ranks(tiny: Path) -> list[dict[str, Any]]:
     return launch_ranks(2, on_two_ranks, str(tiny), timeout=400)
 
 
-def assert_same_gradient(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_gradient(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
     assert set(actual) == set(expected)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
-@pytest.mark.parametrize("split", ["batch 4", "accumulation 2", "stage 1", "left padding", "checkpointing"])
-def test_gradient_equals_plain_autograd_for_every_split(one_rank: dict[str, Any], split: str) -> None:
+@pytest.mark.parametrize(
+    "split", ["batch 4", "accumulation 2", "stage 1", "left padding", "checkpointing"]
+)
+def test_gradient_equals_plain_autograd_for_every_split(
+    one_rank: dict[str, Any], split: str
+) -> None:
     assert_same_gradient(one_rank[split], one_rank["plain"])
 
 
@@ -304,7 +352,12 @@ def test_teacher_input_reaches_every_factor_under_sharding(two_ranks: list[dict[
 
 def test_nothing_reaches_the_teacher(two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
-        assert rank["teacher"] == {"requires_grad": False, "grad": False, "same": True, "training": False}
+        assert rank["teacher"] == {
+            "requires_grad": False,
+            "grad": False,
+            "same": True,
+            "training": False,
+        }
 
 
 def test_memory_does_not_grow_over_fifty_steps(two_ranks: list[dict[str, Any]]) -> None:
@@ -313,7 +366,9 @@ def test_memory_does_not_grow_over_fifty_steps(two_ranks: list[dict[str, Any]]) 
         assert after - before < 8 * 1024**2, f"{before} -> {after} bytes"
 
 
-def test_steps_without_a_finite_gradient_are_skipped_named_and_end_the_run(two_ranks: list[dict[str, Any]]) -> None:
+def test_steps_without_a_finite_gradient_are_skipped_named_and_end_the_run(
+    two_ranks: list[dict[str, Any]],
+) -> None:
     lines = two_ranks[0]["not finite"]["lines"]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(len(line["record_ids"]) == 4 for line in lines)
