@@ -14,16 +14,19 @@ def correlated_inputs(tokens: int = 400, width: int = 24) -> torch.Tensor:
     return torch.randn(tokens, width, generator=generator, dtype=torch.float64) * scales @ mix
 
 
-@pytest.fixture
-def weight() -> torch.Tensor:
-    return torch.randn(16, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+@pytest.fixture(params=[16, 40], ids=["wide", "tall"])
+def weight(request: pytest.FixtureRequest) -> torch.Tensor:
+    """A matrix with fewer rows than its 24 columns, and one with more: two ways of computing."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(request.param, 24, generator=generator, dtype=torch.float64)
 
 
 def test_full_rank_gives_the_matrix_back(weight: torch.Tensor) -> None:
     x = correlated_inputs()
-    for factors in (svd(weight, 16), whitened(weight, x.T @ x, 16)):
-        torch.testing.assert_close(factors.up_MR @ factors.down_RK, weight, rtol=1e-8, atol=1e-8)
-        assert factors.residual == pytest.approx(0.0, abs=1e-12)
+    full = min(weight.shape)
+    for factors in (svd(weight, full), whitened(weight, x.T @ x, full)):
+        torch.testing.assert_close(factors.up_MR @ factors.down_RK, weight, rtol=1e-6, atol=1e-6)
+        assert factors.residual == pytest.approx(0.0, abs=1e-7)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
@@ -61,13 +64,27 @@ def test_a_singular_covariance_is_raised_and_stays_usable(weight: torch.Tensor) 
     assert error < 1e-3 * torch.linalg.norm(few @ weight.T)
 
 
+def test_factors_equal_those_of_an_svd(weight: torch.Tensor) -> None:
+    x = correlated_inputs()
+    root = torch.linalg.cholesky(x.T @ x)
+    u, sigma, vt = torch.linalg.svd(weight @ root, full_matrices=False)
+    exact = (u[:, :5] * sigma[:5]) @ vt[:5] @ torch.linalg.inv(root)
+    factors = whitened(weight, x.T @ x, 5)
+    torch.testing.assert_close(factors.up_MR @ factors.down_RK, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_matrix_of_zeros_is_no_reason_to_fail() -> None:
+    factors = whitened(torch.zeros(4, 6), torch.eye(6, dtype=torch.float64), 2)
+    assert torch.equal(factors.up_MR @ factors.down_RK, torch.zeros(4, 6, dtype=torch.float64))
+
+
 def test_the_root_is_a_root_and_nan_is_refused() -> None:
     x = correlated_inputs()
     covariance = x.T @ x
     root = whitening_root(covariance)
     torch.testing.assert_close(root @ root.T, covariance, rtol=1e-9, atol=1e-9)
-    with pytest.raises((ValueError, torch.linalg.LinAlgError)):
-        whitening_root(torch.full((3, 3), float("nan"), dtype=torch.float64))
+    with pytest.raises(ValueError, match="not finite"):
+        whitened(torch.ones(3, 3), torch.full((3, 3), float("nan"), dtype=torch.float64), 1)
 
 
 @pytest.mark.parametrize(
