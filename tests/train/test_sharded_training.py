@@ -379,3 +379,21 @@ def test_staged_levels_take_turns(two_ranks: list[dict[str, Any]]) -> None:
     assert measured[:2] == [["matrix"]] * 2
     assert measured[2:4] == [["attention", "hidden"]] * 2
     assert measured[4:] == [["cross_entropy", "logits"]] * 4
+
+
+def closed_engines(folder: str) -> int:
+    """Bytes of all tensors alive after two engines were made and closed."""
+    import gc
+
+    student = factorized(Path(folder))
+    trained, teacher, _, _ = parts(Path(folder), student, sizes(1, 4))
+    trained.close()
+    teacher.close()
+    gc.collect()
+    alive = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in alive)
+
+
+def test_closed_engines_hold_no_weights(tiny: Path) -> None:
+    weights = sum(f.stat().st_size for f in (tiny / "teacher").glob("*.safetensors"))
+    assert launch_ranks(1, closed_engines, str(tiny))[0] < weights / 10
