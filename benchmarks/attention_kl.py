@@ -88,7 +88,7 @@ def main() -> None:
                                 "error_fp64": f"{error[name]:.1e}",
                             }
                         )
-    publish("attention_kl", device, rows)
+                        publish("attention_kl", device, rows)
 
 
 if __name__ == "__main__":

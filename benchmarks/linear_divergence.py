@@ -118,7 +118,7 @@ def main() -> None:
                                 "error_fp64": f"{error[name]:.1e}",
                             }
                         )
-    publish("linear_divergence", device, rows)
+                        publish("linear_divergence", device, rows)
 
 
 if __name__ == "__main__":

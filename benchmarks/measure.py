@@ -92,21 +92,21 @@ def check(op: str, error: float, allowed: float, dtype: torch.dtype) -> None:
 
 
 def publish(op: str, device: str, rows: Sequence[dict[str, object]]) -> None:
-    """Print the rows as a table and write results/<op>_<device>.csv."""
+    """Print the last row, and write all rows to results/<op>_<device>.csv.
+
+    Called after every row: the large cases take long, and what is measured stays.
+    """
     where: dict[str, object] = {
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    shown = list(rows[0])
-    widths = [max(len(key), *(len(str(row[key])) for row in rows)) for key in shown]
-    for cells in (shown, *([str(row[key]) for key in shown] for row in rows)):
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)))
+    for cells in (list(rows[-1]), list(rows[-1].values()))[1 if len(rows) > 1 else 0 :]:
+        print("  ".join(f"{cell!s:17}" for cell in cells), flush=True)
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{op}_{device}.csv"
     with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*shown, *where], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **where} for row in rows)
-    print(f"wrote {target.relative_to(RESULTS.parent.parent)}")

@@ -1,0 +1,174 @@
+"""What the aspects cost: a distillation step under each set of objectives, in turn, in one run.
+
+    deepspeed --num_accelerators 2 benchmarks/step.py --ds ds_configs/zero3.json --run runs/demo
+
+The run folder (of a finished `make demo`, say) gives teacher, student and data. All sets see the same
+batches on the same two engines, one after the other, round after round, so that a machine that is
+now slow and now fast is slow and fast for all of them. Nothing is learnt: the optimizer's step is
+left out, and is the same for all. Columns: seconds per micro-batch 20/50/80 %, ratio of medians to
+logits only (`kd`), and peak resident memory or device memory of a rank.
+"""
+
+import csv
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from makd_llm import distributed
+from makd_llm.checkpoint.folder import read_config
+from makd_llm.config import load_config
+from makd_llm.data.batch import Batch
+from makd_llm.models.families import family_of
+from makd_llm.models.sharded import load_sharded
+from makd_llm.models.source import load_tokenizer
+from makd_llm.objectives.combine import Objectives
+from makd_llm.train.build import build_loader, build_objectives, build_prompts
+from makd_llm.train.deepspeed_config import (
+    dtype_of,
+    frozen_config,
+    read_deepspeed_config,
+    training_config,
+)
+from makd_llm.train.engine import Frozen, Trained
+from makd_llm.train.step import distill_step, finetune_step
+
+SETS: dict[str, list[str]] = {
+    "finetune": ["distil.preset=finetune"],
+    "kd": ["distil.preset=kd"],
+    "kd + matrix": ["distil.preset=kd", "distil.objectives.matrix.weight=1"],
+    "kd + attention": ["distil.preset=kd", "distil.objectives.attention.weight=1"],
+    "kd + hidden": ["distil.preset=kd", "distil.objectives.hidden.weight=1"],
+    "makd": ["distil.preset=makd"],
+    "makd, both aspects everywhere": [
+        "distil.preset=makd",
+        "distil.objectives.matrix.layers=all",
+        "distil.objectives.attention.layers=all",
+        "distil.objectives.hidden.layers=all",
+    ],
+}
+
+
+def main(
+    ds: Annotated[Path, typer.Option()],
+    run: Annotated[Path, typer.Option(help="A finished run's folder.")],
+    rounds: int = 5,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Measures, prints a table, and writes benchmarks/results/step_<device>.csv."""
+    distributed.quiet()
+    distributed.init()
+    config = load_config(run / "config.yaml", [])
+    given = read_deepspeed_config(ds)
+    world = distributed.world_size()
+    joined = training_config(
+        given, config.distil.train, world_size=world, ds_path=ds, section="distil.train"
+    )
+    dtype = dtype_of(given)
+    student = Trained(load_sharded(run / "factorized", joined, dtype), joined)
+    frozen = frozen_config(given, micro_batch_size=1)
+    teacher = Frozen(load_sharded(run / "teacher", frozen, dtype), frozen)
+    shape = read_config(run / "factorized")
+    tokenizer = load_tokenizer(run / "factorized")
+    loader = build_loader(
+        config.data,
+        build_prompts(config.data, tokenizer),
+        batch_size=joined["train_batch_size"],
+        micro_batch_size=joined["train_micro_batch_size_per_gpu"],
+        seed=config.seed,
+        pad_id=tokenizer.eos_token_id,
+    )
+    sets = {
+        name: build_objectives(
+            load_config(None, overrides).distil, family_of(shape), shape.num_hidden_layers
+        )
+        for name, overrides in SETS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sets}
+    tokens = 0
+    for count in range(rounds + 1):
+        batch = loader.next_step()[0].to(distributed.device())
+        tokens += int(batch.n_tokens)
+        for name, objectives in sets.items():
+            took = one(student, teacher, objectives, batch)
+            if count:  # the first round warms up
+                seconds[name].append(took)
+    rows = table(seconds, tokens // (rounds + 1), world)
+    if distributed.is_main():
+        publish(rows)
+    distributed.shutdown()
+
+
+def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch) -> float:
+    """Seconds of forward and backward of one micro-batch, until all ranks are done."""
+    counts = {"targets": float(batch.n_targets), "tokens": float(batch.n_tokens)}
+    distributed.barrier()
+    began = time.perf_counter()
+    if objectives.needs_teacher:
+        distill_step(student, teacher, objectives, batch, counts)
+    else:
+        finetune_step(student, objectives, batch, counts)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    distributed.barrier()
+    took = time.perf_counter() - began
+    student.engine.optimizer.zero_grad()
+    return took
+
+
+def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict[str, Any]]:
+    """One row per set of objectives."""
+    reference = statistics.median(seconds["kd"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    rows = []
+    for name, values in seconds.items():
+        low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
+        rows.append(
+            {
+                "objectives": name,
+                "seconds_20": f"{low:.3f}",
+                "seconds_50": f"{middle:.3f}",
+                "seconds_80": f"{high:.3f}",
+                "ratio_to_kd": f"{middle / reference:.2f}",
+                "tokens_per_rank": tokens,
+                "ranks": world,
+                "rounds": len(values),
+                "device": device,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            }
+        )
+    return rows
+
+
+def processor() -> str:
+    """The CPU's model name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def publish(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows and writes the CSV."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(__file__).parent / "results" / f"step_{kind}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak resident {peak:.0f} MB; written {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)
