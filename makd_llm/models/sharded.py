@@ -70,6 +70,7 @@ def _fill(model: PreTrainedModel, folder: Path, *, gathered: bool) -> None:
         if own:
             _fill_module(reader, own, gathered=gathered)
             reader.release()
+            distributed.return_freed_memory()
 
 
 def _fill_module(reader: TensorReader, own: dict[str, nn.Parameter], *, gathered: bool) -> None:

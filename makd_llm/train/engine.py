@@ -65,6 +65,7 @@ class Frozen:
         _release(self._engine, self.model)
         del self._engine, self.model
         gc.collect()
+        distributed.return_freed_memory()
 
 
 class Trained:
@@ -137,6 +138,7 @@ class Trained:
         _release(self.engine, self.model)
         del self.engine, self.model
         gc.collect()
+        distributed.return_freed_memory()
 
 
 def _release(engine: deepspeed.DeepSpeedEngine, model: CausalModel) -> None:
