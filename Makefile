@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## distil the demo's teacher into a low-rank student and prin
 	set -x; $(BIN)/deepspeed --num_accelerators $$ranks train.py --ds ds_configs/zero3.json $(ARGS)
 
 test: $(INSTALLED) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .
@@ -46,8 +46,9 @@ check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-bench: $(INSTALLED) ## time the operations and append to benchmarks/results
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(INSTALLED) ## time the operations and write benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.attention_kl $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.linear_divergence $(ARGS)
 
 format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

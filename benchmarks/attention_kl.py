@@ -1,6 +1,6 @@
 """attention_kl against eager attention maps: first the result, then time and memory, in one run.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=kernels:. python benchmarks/attention_kl.py [--device cuda]
+    OMP_NUM_THREADS=1 python -m benchmarks.attention_kl [--device cuda]
 
 Eager is the op's reference: both maps in full, softmax in fp32, differentiated by autograd.
 """

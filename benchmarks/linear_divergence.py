@@ -1,6 +1,6 @@
 """linear_divergence against all logits at once: first the result, then time and memory, in one run.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=kernels:. python benchmarks/linear_divergence.py [--device cuda]
+    OMP_NUM_THREADS=1 python -m benchmarks.linear_divergence [--device cuda]
 
 Eager is the op's reference: both logits in full, softmax in fp32, differentiated by autograd.
 "loss" is the weighted sum whose gradient is made in the forward; "rows" gives one value per token

@@ -65,7 +65,8 @@ def main(
     watcher.join()
     after = {kind: value - before[kind] for kind, value in resident().items()}
     full = TensorReader(folder).nbytes / 2**20
-    share = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in loaded.parameters())
+    shards = [getattr(parameter, "ds_tensor") for parameter in loaded.parameters()]  # noqa: B009
+    share = sum(shard.numel() * shard.element_size() for shard in shards)
     said = ", ".join(f"{k} peak +{peak[k]:.0f}, after +{after[k]:.0f}" for k in FIELDS)
     for line in distributed.gather_objects(
         f"rank {distributed.rank()}: {said} MiB; shards {share / 2**20:.0f} of {full:.0f} MiB"
