@@ -1,7 +1,9 @@
 """Truncated decompositions W (M x K) ~ up (M x R) down (R x K), computed in float64.
 
-Both put the square root of the kept singular values on either side, so that the factors have
-balanced norms.
+The factors are balanced: each component's column of up and row of down have the same norm. For plain
+SVD that is sqrt(sigma) on either side. For whitened SVD it is ours: sqrt(sigma) on either side of
+S^-1 would leave down smaller than up by the size of the inputs summed over all calibration tokens,
+and an optimizer that moves every weight by the learning rate (Adam) would tear it apart.
 """
 # M outputs, K inputs, R rank, X inputs of the matrix as columns
 
@@ -49,14 +51,23 @@ def whitened(weight_MK: Tensor, covariance_KK: Tensor, rank: int) -> Factors:
     sigma_K, v_KK = _spectrum(ws_MK.T @ ws_MK)
     root_R, v_KR = sigma_K[:rank].sqrt(), v_KK[:, :rank]
     down_RK = torch.linalg.solve_triangular(s_KK, (v_KR * root_R).T, upper=False, left=False)
-    return Factors(down_RK, ws_MK @ v_KR / root_R, _residual(sigma_K, rank))
+    return _balanced(down_RK, ws_MK @ v_KR / root_R, _residual(sigma_K, rank))
 
 
 def _from_left(weight_MK: Tensor, gram_MM: Tensor, rank: int) -> Factors:
-    """U_r U_r^T W, with U the eigenvectors of W S S^T W^T and balanced norms on either side."""
+    """U_r U_r^T W, with U the eigenvectors of W S S^T W^T."""
     sigma_M, u_MM = _spectrum(gram_MM)
-    root_R, u_MR = sigma_M[:rank].sqrt(), u_MM[:, :rank]
-    return Factors((u_MR / root_R).T @ weight_MK, u_MR * root_R, _residual(sigma_M, rank))
+    u_MR = u_MM[:, :rank]
+    return _balanced(u_MR.T @ weight_MK, u_MR, _residual(sigma_M, rank))
+
+
+def _balanced(down_RK: Tensor, up_MR: Tensor, residual: float) -> Factors:
+    """The same product, with equal norms of each component's row of down and column of up."""
+    tiny = torch.finfo(torch.float64).tiny
+    down_R = torch.linalg.vector_norm(down_RK, dim=1).clamp_min(tiny)
+    up_R = torch.linalg.vector_norm(up_MR, dim=0).clamp_min(tiny)
+    scale_R = (down_R / up_R).sqrt()
+    return Factors(down_RK / scale_R[:, None], up_MR * scale_R, residual)
 
 
 def _spectrum(gram_JJ: Tensor) -> tuple[Tensor, Tensor]:

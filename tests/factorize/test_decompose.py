@@ -73,6 +73,13 @@ def test_factors_equal_those_of_an_svd(weight: torch.Tensor) -> None:
     torch.testing.assert_close(factors.up_MR @ factors.down_RK, exact, rtol=1e-6, atol=1e-6)
 
 
+def test_components_are_balanced_whatever_the_scale_of_the_inputs(weight: torch.Tensor) -> None:
+    x = 1000 * correlated_inputs()
+    for factors in (svd(weight, 5), whitened(weight, x.T @ x, 5)):
+        norms = factors.up_MR.norm(dim=0), factors.down_RK.norm(dim=1)
+        torch.testing.assert_close(*norms)
+
+
 def test_a_matrix_of_zeros_is_no_reason_to_fail() -> None:
     factors = whitened(torch.zeros(4, 6), torch.eye(6, dtype=torch.float64), 2)
     assert torch.equal(factors.up_MR @ factors.down_RK, torch.zeros(4, 6, dtype=torch.float64))
