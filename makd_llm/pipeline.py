@@ -72,6 +72,11 @@ class Run:
         self.dir = config.run_dir
         self.stages = Stages(self.dir)
         self._check_batches()
+        text = config.evaluation.text
+        if text is not None and not text.is_file():
+            raise UserError(
+                f"evaluation.text {text}: no such file; name a text file, or leave it out"
+            )
 
     @staticmethod
     def tell(text: str) -> None:
@@ -178,6 +183,7 @@ class Run:
 
     def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
         config = read_config(factorized)
+        _same_tokenizer(teacher, factorized)
         objectives = build_objectives(
             self.config.distil, family_of(config), config.num_hidden_layers
         )
@@ -418,6 +424,17 @@ def _example_or_skip(prompts: Any, record: Any, on_bad_record: str) -> Example |
             raise
         return None
     return example
+
+
+def _same_tokenizer(teacher: Path, student: Path) -> None:
+    """Token distributions can only be compared over one vocabulary."""
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    if ours != theirs:
+        token = next(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))
+        raise UserError(
+            f"tokenizers differ: {token!r} is {theirs.get(token)} in {teacher} and {ours.get(token)} "
+            f"in {student}; delete {student} to cut the student anew"
+        )
 
 
 def pad_id_of(tokenizer: Any) -> int:
