@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## distil the demo's teacher into a low-rank student and print the table
-	@ranks=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)'); \
+	@ranks=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count() or 2; print(max(r for r in (1, 2, 4, 8) if r <= n))'); \
 	set -x; $(BIN)/deepspeed --num_accelerators $$ranks train.py --ds ds_configs/zero3.json $(ARGS)
 
 test: $(INSTALLED) ## run the tests

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from makd_llm.errors import RunEnded
+from makd_llm.errors import RunEnded, UserError
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
+# In a checkout; an installed wheel has no configs, and there --config must be given.
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 app = typer.Typer(
@@ -44,9 +45,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str) -> None:
     from makd_llm.config import load_config
 
-    checked = load_config(
-        config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None), overrides or []
-    )
+    if config is None and not DEFAULT_CONFIG.is_file():
+        raise UserError("--config is missing; the demo's config lies in a checkout, not in a wheel")
+    checked = load_config(config or DEFAULT_CONFIG, overrides or [])
     from makd_llm import distributed
     from makd_llm.pipeline import Run
 
@@ -74,14 +75,24 @@ def train(
 
 
 @app.command()
-def sft(ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def sft(
+    ds: Ds,
+    config: Config = None,
+    overrides: Overrides = None,
+    local_rank: LocalRank = 0,
+    debug: Debug = False,
+) -> None:
     """Tunes the teacher on the task, and stops there."""
     _run(ds, config, overrides, "sft")
 
 
 @app.command()
 def factorize(
-    ds: Ds, config: Config = None, overrides: Overrides = None, debug: Debug = False
+    ds: Ds,
+    config: Config = None,
+    overrides: Overrides = None,
+    local_rank: LocalRank = 0,
+    debug: Debug = False,
 ) -> None:
     """Cuts the student from the teacher, and stops there."""
     _run(ds, config, overrides, "factorize")
@@ -96,7 +107,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Shows the table of a finished run."""
-    from makd_llm.errors import UserError
     from makd_llm.report.table import evaluation_table, show
 
     path = run_dir / "evaluation.json"
@@ -104,7 +114,10 @@ def evaluate(
         raise UserError(
             f"{path}: missing; run `makd train` with run_dir={run_dir} to the end first"
         )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: damaged; delete it, and `makd train` measures again") from None
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -129,7 +142,6 @@ def export(
     import torch
 
     from makd_llm.checkpoint import export as exporting
-    from makd_llm.errors import UserError
 
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype is not None and dtype not in known:

@@ -3,7 +3,7 @@
 One YAML file (`--config`) and any number of `key.path=value` overrides become one `RunConfig`;
 OmegaConf merges them, pydantic checks them. Unknown keys are refused by path, with the nearest
 known key. What DeepSpeed's own JSON (`--ds`) rules is not here: ds_configs/README.md says which
-side owns which key, `train/engine.py` joins the two.
+side owns which key, `train/deepspeed_config.py` joins the two.
 
 Only the pipeline, the command line and `build_*` functions read this; classes below them take plain
 arguments.
@@ -247,7 +247,7 @@ class RunConfig(Section):
     """Everything about one run but what the DeepSpeed JSON rules."""
 
     run_dir: Path = Path("runs/demo")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
     sft: SftConfig = SftConfig()
@@ -299,7 +299,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: a folder, not a config file; name a .yaml file in it") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         first_line = " ".join(str(error).split())
         raise UserError(f"{where}: not readable as a config: {first_line}") from None
     if not isinstance(plain, dict):
@@ -315,7 +315,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
 def with_preset(plain: dict[str, Any]) -> dict[str, Any]:
     """Puts the preset's objective settings below what was given, so that single keys still win."""
     distil = plain.get("distil")
-    preset = PRESETS.get(distil.get("preset", "makd")) if isinstance(distil, dict) else None
+    name = distil.get("preset", "makd") if isinstance(distil, dict) else None
+    preset = PRESETS.get(name) if isinstance(name, str) else None
     given = distil.get("objectives", {}) if isinstance(distil, dict) else None
     if not preset or not isinstance(given, dict):
         return plain

@@ -72,6 +72,7 @@ class Run:
         self.dir = config.run_dir
         self.stages = Stages(self.dir)
         self._check_batches()
+        self._check_contradictions()
         text = config.evaluation.text
         if text is not None and not text.is_file():
             raise UserError(
@@ -87,9 +88,9 @@ class Run:
     def execute(self, until: str = STAGES[-1]) -> None:
         """Runs the stages in order, up to and with `until`."""
         wanted = STAGES[: STAGES.index(until) + 1]
-        distributed.on_main(self._open_folder)
         lock = distributed.on_main(_lock, self.dir)
         try:
+            distributed.on_main(self._describe)
             self._execute(wanted)
         finally:
             if distributed.is_main():
@@ -98,19 +99,23 @@ class Run:
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
         family_of(read_config(given))
-        after = digest(
-            {"teacher": str(given), "data": self.config.data.model_dump(), "seed": self.config.seed}
-        )
-        teacher = given
+        # Whole in the first keys and not as a digest, so that a change can be named.
+        first = {
+            "teacher": self.config.teacher.model_dump(),
+            "data": self.config.data.model_dump(exclude={"validation_source", "validation_split"}),
+            "seed": self.config.seed,
+            "dtype": str(self.dtype),
+        }
+        teacher, after = given, ""
         if self.config.sft.enabled:
             teacher = self.dir / "teacher"
-            key = self._key("sft", after)
+            key = {**first, **self._key("sft", "")}
             self._stage("sft", key, teacher, partial(self._sft, given, teacher))
             after = digest(key)
         if "factorize" not in wanted:
             return
         factorized = self.dir / "factorized"
-        key = {"student": self.config.student.model_dump(), "after": after}
+        key = {**first, "student": self.config.student.model_dump(), "after": after}
         self._stage("factorize", key, factorized, partial(self._factorize, teacher, factorized))
         if "distil" not in wanted:
             return
@@ -127,7 +132,13 @@ class Run:
             )
         if "evaluate" not in wanted:
             return
-        key = {"evaluation": self.config.evaluation.model_dump(), "after": digest(key)}
+        key = {
+            "evaluation": self.config.evaluation.model_dump(),
+            "validation": self.config.data.model_dump(
+                include={"validation_source", "validation_split"}
+            ),
+            "after": digest(key),
+        }
         result = self.dir / "evaluation.json"
         self._stage("evaluate", key, result, partial(self._evaluate, teacher, factorized, student))
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
@@ -172,6 +183,31 @@ class Run:
         if self.config.sft.enabled:
             self._training_config(self.config.sft.train, "sft.train")
         self._training_config(self.config.distil.train, "distil.train")
+
+    def _check_contradictions(self) -> None:
+        """Of settings with each other; what would otherwise be found after hours of training."""
+        distil, asked = self.config.distil, self.config.evaluation
+        if distil.objectives.matrix.input == "teacher" and distil.train.gradient_checkpointing:
+            raise UserError(
+                "distil.objectives.matrix.input=teacher runs matrices a second time, which "
+                "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
+            )
+        if asked.max_new_tokens >= self.config.data.max_length // 2:
+            raise UserError(
+                f"evaluation.max_new_tokens is {asked.max_new_tokens}, half the window "
+                f"(data.max_length {self.config.data.max_length}) or more; lower it"
+            )
+        if asked.text_stride >= asked.text_window:
+            raise UserError(
+                f"evaluation.text_stride is {asked.text_stride}, not below "
+                f"evaluation.text_window ({asked.text_window}); lower it"
+            )
+        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if stage == 0 and self.dtype is torch.float32:
+            raise UserError(
+                f"{self.ds_path}: stage 0 in fp32 does not notice gradients that are not finite; "
+                "set zero_optimization.stage to 1, 2 or 3, or enable bf16"
+            )
 
     def _sft(self, given: Path, result: Path) -> None:
         """Tunes the teacher on the task: cross-entropy on the references."""
@@ -221,8 +257,6 @@ class Run:
             seed=self.config.seed,
             pad_id=pad_id_of(tokenizer),
         )
-        if loader.describe_skipped():
-            self.tell(f"{stage}: {loader.describe_skipped()}")
         model = Trained(
             load_sharded(start, ds, self.dtype),
             ds,
@@ -251,6 +285,8 @@ class Run:
             loop.run(lambda batch, counts: distill_step(model, frozen, objectives, batch, counts))
         else:
             loop.run(lambda batch, counts: finetune_step(model, objectives, batch, counts))
+        if loader.describe_skipped():
+            self.tell(f"{stage}: {loader.describe_skipped()}")
         self.tell(f"{stage}: {prompts.describe()}")
         config, generation = model.model.model.config, model.model.model.generation_config
         distributed.drain_on_main(
@@ -388,15 +424,9 @@ class Run:
             _write_json, self.dir / "evaluation.json", {**evaluation.settings(), "models": rows}
         )
 
-    def _open_folder(self) -> None:
-        """Makes the run folder, with the resolved config and the environment."""
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"run_dir {self.dir}: cannot be written ({error.strerror}); choose another"
-            ) from None
+    def _describe(self) -> None:
+        """Writes the resolved config and the environment into the run folder."""
+        (self.dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         _write_json(self.dir / "environment.json", _environment())
 
 
@@ -404,13 +434,18 @@ _LOCKS: dict[str, FileLock] = {}
 
 
 def _lock(run_dir: Path) -> str:
-    """Keeps a second run out of the folder; a killed process's lock is gone with it."""
+    """Makes the folder and keeps a second run out of it; a killed process's lock goes with it."""
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:
+    except Timeout:  # an OSError too, hence first
         raise UserError(
             f"{run_dir}: another run is at work in this folder; wait for it, or set run_dir"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"run_dir {run_dir}: cannot be written ({error.strerror}); choose another"
         ) from None
     _LOCKS[str(run_dir)] = lock
     return str(run_dir)
@@ -432,8 +467,8 @@ def _same_tokenizer(teacher: Path, student: Path) -> None:
     if ours != theirs:
         token = next(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))
         raise UserError(
-            f"tokenizers differ: {token!r} is {theirs.get(token)} in {teacher} and {ours.get(token)} "
-            f"in {student}; delete {student} to cut the student anew"
+            f"tokenizers differ: {token!r} is {theirs.get(token)} in {teacher} and "
+            f"{ours.get(token)} in {student}; delete {student} to cut the student anew"
         )
 
 

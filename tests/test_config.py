@@ -24,6 +24,8 @@ from makd_llm.errors import UserError
         ("distil.train.steps=many", "distil.train.steps: input should be a valid integer"),
         ("distil.preset=mkd", "distil.preset: input should be 'makd', 'kd' or 'finetune'"),
         ("distil.objectives.matrix.layers=top", "distil.objectives.matrix.layers"),
+        ("distil.preset=[kd]", "distil.preset"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
         ("distil=3", "distil: input should be a valid dictionary"),
         ("distil.schedule={kind: staged, matrix: 0, layer: 0, model: 0}", "are all 0"),
         ("seed", "not of the form key.path=value"),
@@ -42,6 +44,7 @@ def test_wrong_values_give_one_line_that_names_them(override: str, words: str) -
     [
         (b"a: [1", "not readable as a config"),
         (b"- 1\n- 2\n", "found a list or a single value"),
+        (b"42\n", "not readable as a config|found a list or a single value"),
         (b"\xff\xfe\xfa", "not UTF-8"),
         (b"studnt: {}\n", "unknown key studnt; did you mean student?"),
     ],

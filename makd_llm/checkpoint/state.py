@@ -56,10 +56,12 @@ class Checkpoints:
 
         Raises UserError where it was written by another number of ranks.
         """
+        lost = False
         for folder in distributed.on_main(self._candidates):
             problem = next((p for p in distributed.gather_objects(_problem(folder)) if p), None)
             if problem:
                 self.tell(f"checkpoint {folder}: {problem}; trying the one before it")
+                lost = True
                 continue
             ranks = len(list(folder.glob("rank-*.pt")))
             if ranks != distributed.world_size():
@@ -68,12 +70,16 @@ class Checkpoints:
                     f"{distributed.world_size()}; resume with "
                     f"{ranks} ranks, or delete the folder {self.folder} to start the stage anew"
                 )
-            engine.load_checkpoint(str(self.folder), tag=folder.name)
+            loaded, _ = engine.load_checkpoint(str(self.folder), tag=folder.name)
+            if loaded is None:
+                raise RuntimeError(f"DeepSpeed did not load {folder}, whose files are whole")
             state: dict[str, Any] = torch.load(
                 folder / f"rank-{distributed.rank()}.pt", weights_only=True
             )
             _set_rng_state(state.pop("rng"))
             return state
+        if lost:
+            self.tell(f"checkpoint {self.folder}: no sound one is left; the stage starts anew")
         return None
 
     def clear(self) -> None:
@@ -87,8 +93,13 @@ class Checkpoints:
         scratch = self.folder / f"{POINTER}.writing"
         scratch.write_text(final.name)
         os.replace(scratch, self.folder / POINTER)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        folders = sorted(self.folder.glob("step-*"))
+        # Newer ones than this are leftovers of a future that was not resumed (damaged, or never
+        # pointed to); they must not push out what this run wrote.
+        for old in [f for f in folders if f.name <= final.name][: -self.keep]:
             shutil.rmtree(old)
+        for newer in [f for f in folders if f.name > final.name]:
+            shutil.rmtree(newer)
 
     def _candidates(self) -> list[Path]:
         """Newest first, starting at the pointer where it points to something."""

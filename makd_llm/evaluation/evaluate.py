@@ -59,6 +59,11 @@ class Evaluation:
         self.examples: list[Example] = [example for _, example in usable][:perplexity_records]
         self.records: list[Record] = [record for record, _ in usable][:rouge_records]
         self.texts: dict[str, list[str]] = {}
+        if not usable:
+            raise UserError(
+                "data.validation_split: no record is usable "
+                f"({describe_skipped(self.skipped) or 'it is empty'}); nothing can be measured"
+            )
 
     def _usable(self, records: RecordList, on_bad_record: str) -> list[tuple[Record, Example]]:
         usable = []

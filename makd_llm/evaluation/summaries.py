@@ -47,6 +47,9 @@ def summarize(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            # A model's own generation settings may hold these; then it would not be plain greedy.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=list(eos_ids),
             pad_token_id=pad_id,
         )

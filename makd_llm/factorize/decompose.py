@@ -1,9 +1,9 @@
 """Truncated decompositions W (M x K) ~ up (M x R) down (R x K), computed in float64.
 
-The factors are balanced: each component's column of up and row of down have the same norm. For plain
-SVD that is sqrt(sigma) on either side. For whitened SVD it is ours: sqrt(sigma) on either side of
-S^-1 would leave down smaller than up by the size of the inputs summed over all calibration tokens,
-and an optimizer that moves every weight by the learning rate (Adam) would tear it apart.
+The factors are balanced: each component's column of up and row of down have the same norm. For
+plain SVD that is sqrt(sigma) on either side. For whitened SVD it is ours: sqrt(sigma) on either
+side of S^-1 leaves down smaller than up by the size of the inputs summed over all calibration
+tokens, and an optimizer that moves every weight by the learning rate (Adam) tears it apart.
 """
 # M outputs, K inputs, R rank, X inputs of the matrix as columns
 

@@ -7,11 +7,10 @@ checkpoints.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,7 +46,6 @@ def factorize(
     keep_ratio: float,
     covariances: Covariances | None,
     tokenizer: PreTrainedTokenizerBase,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[MatrixReport]:
     """Writes the factorized student's folder; returns a report per matrix, the same on every rank.
 
@@ -64,21 +62,13 @@ def factorize(
         _decompose(
             TensorReader(teacher), parts, family, layer, matrix, name, keep_ratio, covariances
         )
-        for layer, matrix, name in _told(mine, progress)
+        for layer, matrix, name in mine
     ]
     everything = [r for share in distributed.gather_objects(reports) for r in share]
     by_name = {(r.name, r.role): r for r in everything}
     ordered = [by_name[name, matrix.role] for _, matrix, name in matrices]
     distributed.on_main(_assemble, teacher, student, parts, config, family, ordered, tokenizer)
     return ordered
-
-
-def _told(
-    mine: list[tuple[int, Matrix, str]], progress: Callable[[], None]
-) -> Iterator[tuple[int, Matrix, str]]:
-    for item in mine:
-        yield item
-        progress()
 
 
 def _fresh_folder(folder: Path) -> None:
@@ -168,8 +158,3 @@ def _student_tensors(
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 yield name, opened.get_tensor(name)
-
-
-def total_residual(reports: list[MatrixReport]) -> float:
-    """Mean relative residual over all matrices."""
-    return float(torch.tensor([r.residual for r in reports]).mean())

@@ -48,7 +48,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
     _check_known_keys(config, path)
-    if not isinstance(config.get("optimizer"), dict):
+    _check_types(config, path)
+    if "optimizer" not in config:
         raise UserError(f"{path}: no optimizer; add one, as ds_configs/zero3.json has")
     if config.get("fp16", {}).get("enabled"):
         raise UserError(
@@ -109,6 +110,33 @@ def _check_known_keys(config: dict[str, Any], path: Path) -> None:
                 f"did you mean {near[0]}?" if near else "see DeepSpeed's list of configuration keys"
             )
             raise UserError(f"{path}: unknown key {key}; {advice}")
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    """What DeepSpeed would meet with a traceback, or take for something else."""
+    for section in ("optimizer", "scheduler", "bf16", "fp16", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(
+                f"{path}: {section} is {config[section]!r}; expected an object in braces"
+            )
+    for section in ("optimizer", "scheduler"):
+        if not isinstance(config.get(section, {}).get("params", {}), dict):
+            raise UserError(f"{path}: {section}.params: expected an object in braces")
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        value = config.get(key, 1)
+        if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f'{path}: {key} is {value!r}; expected a positive integer or "auto"')
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    rate = config.get("optimizer", {}).get("params", {}).get("lr", AUTO)
+    if rate != AUTO and (isinstance(rate, bool) or not isinstance(rate, int | float)):
+        raise UserError(f'{path}: optimizer.params.lr is {rate!r}; expected a number or "auto"')
 
 
 def training_config(

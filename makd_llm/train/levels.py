@@ -5,6 +5,7 @@ level's share of the loss at a given ratio; `staged_level` says which level lear
 turns.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,8 +30,11 @@ class LevelBalance:
 
     def measure(self, losses: Mapping[str, float]) -> None:
         """losses: each active level's weighted loss without its multiplier, over all ranks."""
+        self.multiplier.update({level: 0.0 for level in losses if self.shares[level] == 0})
         usable = {
-            level: loss for level, loss in losses.items() if loss > 0 and self.shares[level] > 0
+            level: loss
+            for level, loss in losses.items()
+            if 0 < loss < math.inf and self.shares[level] > 0
         }
         if not usable:
             return

@@ -144,7 +144,7 @@ class Loop:
             or self.step == self.settings.steps
         ):
             means = _means(sums, denominators)
-            if balancing:
+            if balancing and self.model.step_applied:
                 self._measure_levels(means)
             seconds = time.monotonic() - began
             metrics.write(

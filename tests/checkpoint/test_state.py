@@ -21,8 +21,9 @@ class Engine:
         assert not save_latest, "the pointer is ours to move"
         torch.save(self.value, Path(folder) / tag / "weights.pt")
 
-    def load_checkpoint(self, folder: str, tag: str) -> None:
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
         self.value = torch.load(Path(folder) / tag / "weights.pt")
+        return tag, {}
 
 
 class Case:
@@ -99,6 +100,20 @@ def test_a_missing_newest_is_reported_too(case: Case) -> None:
     shutil.rmtree(step_folder(case, 3))
     assert case.loaded()[0] == 2.0
     assert "missing" in case.said[0]
+
+
+def test_when_all_are_damaged_it_says_that_the_stage_starts_anew(case: Case) -> None:
+    for step in (1, 2, 3):
+        (step_folder(case, step) / "weights.pt").unlink()
+    assert case.loaded() == (-1.0, None)
+    assert "no sound one is left" in case.said[-1]
+
+
+def test_a_newer_leftover_never_pushes_out_what_was_just_written(tmp_path: Path) -> None:
+    case = Case(tmp_path / "leftover", keep=1)
+    (case.folder / "latest").write_text(step_folder(case, 2).name)  # killed before it moved to 3
+    case.checkpoints.save(Engine(2.5), 2, {"step": 2})  # type: ignore[arg-type]
+    assert case.loaded() == (2.5, {"step": 2})
 
 
 def test_an_unfinished_one_is_not_looked_at(case: Case) -> None:

@@ -15,10 +15,12 @@ def test_balance_brings_the_levels_to_their_shares_and_leaves_the_model_level_al
     assert weighted["layer"] / weighted["model"] == pytest.approx(2 / 4)
 
 
-def test_levels_without_loss_or_share_are_left_alone() -> None:
+def test_a_level_without_share_is_off_and_losses_that_tell_nothing_change_nothing() -> None:
     balance = LevelBalance({"matrix": 1.0, "layer": 0.0, "model": 1.0}, every=1)
-    balance.measure({"matrix": 0.0, "layer": 3.0})
-    assert balance.multiplier == {}
+    balance.measure({"matrix": 0.0, "layer": 3.0, "model": float("inf")})
+    assert balance.multiplier == {"layer": 0.0}
+    balance.measure({"matrix": float("nan"), "model": 2.0})
+    assert balance.multiplier == {"layer": 0.0, "model": 1.0}
 
 
 def test_it_is_due_at_the_first_step_and_every_n_after() -> None:
