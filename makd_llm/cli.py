@@ -6,6 +6,7 @@ Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where trai
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from makd_llm.errors import RunEnded, UserError
+from makd_llm.errors import Interrupted, RunEnded, UserError
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -52,6 +53,8 @@ def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str)
     from makd_llm.pipeline import Run
 
     distributed.quiet()
+    # While a stage trains, the loop takes this over: it finishes the step and saves.
+    signal.signal(signal.SIGTERM, _stop)
     run = Run(checked, ds)
     distributed.init()
     try:
@@ -166,6 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
         _end(f"{wrong.format_message()} (makd --help shows what there is)", 2)
     except typer.Abort:
         _end("interrupted; run the same command again to go on", 75)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Interrupted("stopped; the same command goes on from the last stage that stands")
 
 
 def _end(message: str, code: int) -> None:

@@ -67,6 +67,8 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     prompt: PromptConfig = PromptConfig()
     max_length: Positive = 1024
+    max_prompt_length: Positive | None = None
+    """Of the prompt alone, where every summary is to see the same cut; null: what remains."""
     padding_side: Literal["left", "right"] = "right"
     on_bad_record: Literal["error", "skip"] = "error"
     streaming: bool = False

@@ -4,9 +4,10 @@ A run is one process (a *rank*) per accelerator, or several CPU processes that t
 rules keep such a run from hanging, and this module is where both are kept:
 
 1. A collective is called by every rank or by none, so it never stands under `if rank() == 0`.
-2. Work that one rank does for all (a download, a file) goes through `on_main` or `main_first`:
-   when it fails there, the same exception is raised on every rank, so nobody waits for a message
-   that will not come.
+2. Work that one rank does for all (a download, a file) goes through `on_main`, or `drain_on_main`
+   where all ranks make what one works on: when it fails there, the same exception is raised on
+   every rank, so nobody waits for a message that will not come. (A rank that fails elsewhere ends
+   with its process, and the launcher ends the others.)
 
 Everything here works without a process group as well: a plain `python` is a run of one rank.
 """
@@ -15,15 +16,10 @@ import ctypes
 import logging
 import os
 import pickle
-import shutil
 import socket
-import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -137,14 +133,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return _reduced(tensor, dist.ReduceOp.SUM)
 
 
-def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The elementwise maximum over all ranks, in the tensor's own dtype and device; a new tensor.
-
-    Whether a NaN on one rank survives is up to the backend: reduce a flag instead.
-    """
-    return _reduced(tensor, dist.ReduceOp.MAX)
-
-
 def gather_objects(obj: T) -> list[T]:
     """Every rank's object, in the order of ranks, on every rank. Objects must be picklable."""
     if world_size() == 1:
@@ -204,28 +192,6 @@ def drain_on_main(fn: Callable[[Iterator[Any]], T], items: Iterator[Any]) -> T:
     told = broadcast_object(portable(failure))
     _raise_together([told], failure)
     return broadcast_object(result)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Run the body on the first rank of every machine, and after it on the other ranks.
-
-    For work whose result is kept in a cache on the machine's disk: the first rank fills it, the
-    others find it. Every rank enters this. What any rank raises in the body is raised on every
-    rank (where several fail, each keeps its own and the others get the lowest rank's).
-    """
-    leads = local_rank() == 0
-    if not leads:
-        _raise_together(gather_objects(None))
-    failure: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
-        failure = error
-    if leads:
-        _raise_together(gather_objects(portable(failure)), failure)
-        failure = None
-    _raise_together(gather_objects(portable(failure)), failure)
 
 
 def compiler_environment() -> dict[str, str]:

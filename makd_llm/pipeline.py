@@ -1,4 +1,4 @@
-"""A run from teacher to table: sft -> factorize -> distil -> export -> evaluate.
+"""A run from teacher to table: sft -> factorize -> distil -> (merge) -> evaluate.
 
 Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
 while that result stands under the same config. Every function here is collective: all ranks call
@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -122,14 +123,7 @@ class Run:
         student = self.dir / "student"
         key = self._key("distil", digest(key))
         self._stage("distil", key, student, partial(self._distil, teacher, factorized, student))
-        if self.config.merge:
-            merged = self.dir / "student-merged"
-            self._stage(
-                "merge",
-                {"after": digest(key)},
-                merged,
-                partial(distributed.on_main, merge, student, merged),
-            )
+        self._merged(student, {"after": digest(key)})
         if "evaluate" not in wanted:
             return
         key = {
@@ -144,6 +138,15 @@ class Run:
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
         if distributed.is_main():
             show(evaluation_table(evaluation))
+
+    def _merged(self, student: Path, key: Key) -> None:
+        """The dense form, where it is asked for; one of an earlier student is not left lying."""
+        merged = self.dir / "student-merged"
+        if self.config.merge:
+            self._stage("merge", key, merged, partial(distributed.on_main, merge, student, merged))
+        elif distributed.on_main(lambda: merged.exists() and not self.stages.stands("merge", key)):
+            distributed.on_main(shutil.rmtree, merged)
+            self.tell(f"merge: {merged} removed, it was made from another student")
 
     def _key(self, stage: str, after: str) -> Key:
         """What a training stage depends on: its config, DeepSpeed's JSON, the stage before it."""

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,6 @@ def test_reductions_leave_their_argument_alone() -> None:
     rank = distributed.rank()
     mine = torch.tensor([1.0, 10.0], dtype=torch.float64) * (rank + 1)
     assert distributed.sum_over_ranks(mine).tolist() == [3.0, 30.0]
-    assert distributed.max_over_ranks(mine[::2]).tolist() == [2.0]
     assert mine.tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)]
     big = torch.tensor(2**53 + rank)
     assert distributed.sum_over_ranks(big).item() == 2**54 + 1
@@ -62,22 +60,6 @@ def test_on_main_runs_once_and_its_result_or_failure_is_everybodys(tmp_path: Pat
 
 
 @run_on_ranks(2)
-def test_main_first_lets_the_others_find_the_result(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    with distributed.main_first():
-        if not cache.exists():
-            time.sleep(0.3)
-            cache.write_text(f"made by {distributed.rank()}")
-    assert cache.read_text() == "made by 0"
-
-    for failing_rank in (0, 1):
-        with pytest.raises(UserError, match="cannot"), distributed.main_first():
-            if distributed.rank() == failing_rank:
-                fail(f"rank {failing_rank} cannot")
-        assert distributed.gather_objects(distributed.rank()) == [0, 1]
-
-
-@run_on_ranks(2)
 def test_drain_on_main_goes_through_all_items_on_every_rank() -> None:
     made: list[int] = []
 
@@ -96,14 +78,11 @@ def test_everything_works_without_a_process_group() -> None:
     value = torch.tensor([2.0])
     assert distributed.sum_over_ranks(value) is not value
     assert distributed.sum_over_ranks(value).item() == 2.0
-    assert distributed.max_over_ranks(value).item() == 2.0
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.broadcast_object("a") == "a"
     assert distributed.on_main(max, 1, 2) == 2
     with pytest.raises(UserError, match="alone"):
         distributed.on_main(fail, "alone")
-    with pytest.raises(UserError, match="alone"), distributed.main_first():
-        fail("alone")
     distributed.barrier()
 
 

@@ -199,6 +199,7 @@ def test_a_changed_config_makes_its_stage_and_the_later_ones_run_again(
         "factorize: runs again, because student.keep_ratio changed from 0.5 to 0.4" in done.stdout
     )
     assert "distil: runs again, because the stage before it changed" in done.stdout
+    assert not (folder / "student-merged").exists(), "it was of another student"
 
 
 def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:

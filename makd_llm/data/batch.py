@@ -117,24 +117,6 @@ def collate(
     )
 
 
-def collate_prompts(
-    prompts: Sequence[Sequence[int]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left, so that every row's next token comes at the same position.
-
-    Returns `(input_ids_BT, attention_mask_BT)`, both int64, as `generate` of transformers takes
-    them.
-    """
-    _check_padding(len(prompts), "left", 1)
-    length = max(len(prompt) for prompt in prompts)
-    input_ids_BT = torch.full((len(prompts), length), pad_id)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for row, prompt in enumerate(prompts):
-        input_ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask_BT[row, length - len(prompt) :] = 1
-    return input_ids_BT, attention_mask_BT
-
-
 def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:
     """Prompts as a left-padded batch without targets, for generation."""
     examples = [Example(f"prompt {i}", list(ids), len(ids)) for i, ids in enumerate(prompts)]

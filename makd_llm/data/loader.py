@@ -132,15 +132,6 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
     return batch_size // together
 
 
-def shard(n: int, rank: int, world_size: int) -> list[int]:
-    """The indices of `n` records that `rank` evaluates: every `world_size`-th, each exactly once.
-
-    Ranks may get one more or fewer than others; where every forward pass is a collective, the
-    caller lets the shorter ones repeat a record and drops its result.
-    """
-    return list(range(rank, n, world_size))
-
-
 class _Usable:
     """Decides whether a record fits the window, by the policy for bad records."""
 

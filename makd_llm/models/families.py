@@ -21,8 +21,6 @@ from makd_llm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ATTENTION_ROLES = ("q", "k", "v", "o")
-FEED_FORWARD_ROLES = ("gate", "up", "down")
 STUDENT_PREFIX = "makd_"
 
 
@@ -160,8 +158,3 @@ def matrices_of(family: Family, n_layers: int) -> list[tuple[int, Matrix, str]]:
         for layer in range(n_layers)
         for matrix in family.matrices
     ]
-
-
-def is_attention(role: str) -> bool:
-    """Whether a role belongs to the attention (q k v o) and not to the feed-forward part."""
-    return role in ATTENTION_ROLES

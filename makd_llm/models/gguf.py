@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes the folder in one move, so that it is either whole or absent. dtype as the file's
-    config says.
+    """Writes the folder in one move, so that it is either whole or absent. In bf16,
+    unless the file says fp16.
     """
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -18,9 +18,7 @@ from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_
 from makd_llm.train.levels import LevelBalance
 
 
-def build_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> PromptBuilder:
+def build_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
     """The prompt builder of a run, for its tokenizer."""
     prompt = data.prompt
     return PromptBuilder(
@@ -30,7 +28,8 @@ def build_prompts(
         instruction=prompt.instruction,
         chat=prompt.chat,
         system=prompt.system,
-        max_length=max_length or data.max_length,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
         bos=prompt.bos,
     )
 

@@ -81,7 +81,7 @@ class Loop:
                 if asked_to_stop or at_end or self.step % settings.checkpoint_every == 0:
                     self.save()
                     saved = self.step
-                if asked_to_stop and not at_end:
+                if asked_to_stop:
                     raise Interrupted(
                         f"{settings.stage}: stopped at step {saved} of {settings.steps}, "
                         "state saved; the same command goes on from here"

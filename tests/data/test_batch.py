@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from makd_llm.data.batch import IGNORE, collate, collate_prompts, prompt_batch
+from makd_llm.data.batch import IGNORE, collate, prompt_batch
 from makd_llm.data.prompt import Example
 
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
@@ -77,12 +77,9 @@ def test_moving_keeps_everything() -> None:
 
 
 def test_prompts_end_at_the_same_position() -> None:
-    input_ids_BT, attention_mask_BT = collate_prompts([[1, 2, 3], [4]], 0)
-    assert input_ids_BT.tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert attention_mask_BT.tolist() == [[1, 1, 1], [0, 0, 1]]
     batch = prompt_batch([[1, 2, 3], [4]], 0)
-    assert torch.equal(batch.input_ids_BT, input_ids_BT)
-    assert torch.equal(batch.attention_mask_BT, attention_mask_BT)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch.n_targets == 0
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from makd_llm.data.batch import Batch
-from makd_llm.data.loader import TrainLoader, shard
+from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import BadRecord
 from makd_llm.data.schema import OnBadRecord
@@ -254,10 +254,3 @@ def test_options_reach_the_batch(make_loader: MakeLoader) -> None:
     batches = make_loader(10, padding_side="left", multiple_of=16, pad_id=7).next_step()
     assert all(batch.padded_left and batch.input_ids_BT.shape[1] % 16 == 0 for batch in batches)
     assert all((batch.input_ids_BT[~batch.token_mask_BT] == 7).all() for batch in batches)
-
-
-@given(n=st.integers(0, 30), world=st.integers(1, 7))
-def test_shards_part_the_records(n: int, world: int) -> None:
-    parts = [shard(n, rank, world) for rank in range(world)]
-    assert sorted(flat(parts)) == list(range(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from makd_llm.errors import UserError
-from makd_llm.models.families import FAMILIES, family_of, is_attention, matrices_of
+from makd_llm.models.families import FAMILIES, family_of, matrices_of
 from makd_llm.models.modeling_lowrank import lowrank_config
 
 LAYERS = 2
@@ -84,15 +84,6 @@ def test_roles_that_share_an_input_get_the_same_tensor(model: Any) -> None:
         for second in inputs:
             same = inputs[first] is inputs[second]
             assert same == (group_of[first] == group_of[second]), (first, second)
-
-
-def test_attention_roles() -> None:
-    assert [role for role in ("q", "k", "v", "o", "gate", "up", "down") if is_attention(role)] == [
-        "q",
-        "k",
-        "v",
-        "o",
-    ]
 
 
 def test_a_student_belongs_to_its_teachers_family(model: Any) -> None:
