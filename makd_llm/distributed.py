@@ -16,10 +16,14 @@ import ctypes
 import logging
 import os
 import pickle
+import shutil
 import socket
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
