@@ -1,5 +1,7 @@
 """Capture shows what the forward used, in every kind of architecture, and leaves no trace."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -46,7 +48,8 @@ MODELS = {
 def built(name: str, attention: str) -> PreTrainedModel:
     model_class, config = MODELS[name]
     torch.manual_seed(0)
-    model: PreTrainedModel = model_class._from_config(config, attn_implementation=attention)
+    copied = copy.deepcopy(config)  # it remembers the attention it was used with
+    model: PreTrainedModel = model_class._from_config(copied, attn_implementation=attention)
     return model.eval()
 
 
