@@ -204,12 +204,8 @@ def test_a_changed_config_makes_its_stage_and_the_later_ones_run_again(
 
 def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:
     run_dir = config / "terminated"
-    single = [
-        sys.executable,
-        str(CHECKOUT / "train.py"),
-        *command(config, run_dir)[6:],
-        "distil.train.steps=500",
-    ]
+    launched = command(config, run_dir, "distil.train.steps=500")
+    single = [sys.executable, *launched[launched.index(str(CHECKOUT / "train.py")) :]]
     process = subprocess.Popen(
         single, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
