@@ -33,7 +33,8 @@ class Stages:
         if entry is None or entry["key"] == _plain(key):
             return None
         before, after = _flat(entry["key"]), _flat(_plain(key))
-        path = next(p for p in [*after, *before] if before.get(p) != after.get(p))
+        missing = object()  # a key that a version does not have differs from one that is null
+        path = next(p for p in [*after, *before] if before.get(p, missing) != after.get(p, missing))
         if path.endswith("after"):
             return "the stage before it changed"
         return f"{path} changed from {before.get(path)!r} to {after.get(path)!r}"
