@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -26,13 +27,15 @@ from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.config import RunConfig, TrainConfig, dump_config
 from makd_llm.data.batch import collate
-from makd_llm.data.records import RecordList
+from makd_llm.data.records import RecordList, content_of, describe_skipped
 from makd_llm.data.schema import BadRecord, Example
 from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
 from makd_llm.factorize.parallel import MatrixReport, factorize
 from makd_llm.factorize.statistics import covariances
+from makd_llm.files import sha256_of, write_whole
 from makd_llm.models.families import family_of
+from makd_llm.models.modeling_lowrank import is_lowrank
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
@@ -99,11 +102,12 @@ class Run:
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
-        family_of(read_config(given))
+        _check_teacher(given, self.config.data.max_length)
         # Whole in the first keys and not as a digest, so that a change can be named.
         first = {
             "teacher": self.config.teacher.model_dump(),
             "data": self.config.data.model_dump(exclude={"validation_source", "validation_split"}),
+            "train_file": self._content_of_data(validation=False),
             "seed": self.config.seed,
             "dtype": str(self.dtype),
         }
@@ -126,11 +130,14 @@ class Run:
         self._merged(student, {"after": digest(key)})
         if "evaluate" not in wanted:
             return
+        asked = self.config.evaluation
         key = {
-            "evaluation": self.config.evaluation.model_dump(),
+            "evaluation": asked.model_dump(),
             "validation": self.config.data.model_dump(
                 include={"validation_source", "validation_split"}
             ),
+            "validation_file": self._content_of_data(validation=True),
+            "text_file": distributed.on_main(sha256_of, text) if (text := asked.text) else None,
             "after": digest(key),
         }
         result = self.dir / "evaluation.json"
@@ -138,6 +145,16 @@ class Run:
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
         if distributed.is_main():
             show(evaluation_table(evaluation))
+
+    def _content_of_data(self, *, validation: bool) -> str | None:
+        """A data file that was edited in place is other data, and its stages run again."""
+        data = self.config.data
+        source = data.validation_source if validation and data.validation_source else data.source
+        return distributed.on_main(
+            partial(content_of, streaming=data.streaming and not validation),
+            source,
+            data.validation_split if validation else data.train_split,
+        )
 
     def _merged(self, student: Path, key: Key) -> None:
         """The dense form, where it is asked for; one of an earlier student is not left lying."""
@@ -355,12 +372,19 @@ class Run:
         prompts = build_prompts(self.config.data, tokenizer)
         wanted, world = self.config.student.calibration_records, distributed.world_size()
         examples: list[Example] = []
-        for record in build_records(self.config.data):
+        records = build_records(self.config.data)
+        unusable: Counter[str] = Counter()
+        for record in records:
             if len(examples) == wanted:
                 break
-            example = _example_or_skip(prompts, record, self.config.data.on_bad_record)
-            if example is not None:
-                examples.append(example)
+            try:
+                examples.append(prompts.example(record))
+            except BadRecord as bad:
+                if self.config.data.on_bad_record == "error":
+                    raise
+                unusable[bad.reason] += 1
+        if skipped := describe_skipped(records.skipped + unusable):
+            self.tell(f"factorize: {skipped}")
         usable = len(examples) // world * world
         if usable == 0:
             raise UserError(
@@ -454,14 +478,29 @@ def _lock(run_dir: Path) -> str:
     return str(run_dir)
 
 
-def _example_or_skip(prompts: Any, record: Any, on_bad_record: str) -> Example | None:
-    try:
-        example: Example = prompts.example(record)
-    except BadRecord:
-        if on_bad_record == "error":
-            raise
-        return None
-    return example
+def _check_teacher(folder: Path, max_length: int) -> None:
+    """What would otherwise be found in the middle of a stage: a model that cannot teach, a window
+    or token ids beyond its tables.
+    """
+    config = read_config(folder)
+    family_of(config)
+    if is_lowrank(config):
+        raise UserError(
+            f"{folder} is a low-rank student; make it dense first "
+            f"(makd export {folder} OUT --merge) and name OUT as teacher.model"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        raise UserError(
+            f"data.max_length is {max_length}, but {folder} has only {positions} positions "
+            "(max_position_embeddings); lower it"
+        )
+    tokens = len(load_tokenizer(folder))
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokens} tokens, its embedding {config.vocab_size} rows; "
+            "resize the embedding, or give the tokenizer that belongs to the model"
+        )
 
 
 def _same_tokenizer(teacher: Path, student: Path) -> None:
@@ -484,9 +523,7 @@ def pad_id_of(tokenizer: Any) -> int:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    scratch = path.with_suffix(".writing")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _environment() -> dict[str, Any]:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from makd_llm.files import write_whole
+
 Key = dict[str, Any]
 
 
@@ -37,15 +39,15 @@ class Stages:
         path = next(p for p in [*after, *before] if before.get(p, missing) != after.get(p, missing))
         if path.endswith("after"):
             return "the stage before it changed"
+        if path not in before or path not in after:
+            return f"{path} is {'new' if path in after else 'no longer there'}"
         return f"{path} changed from {before.get(path)!r} to {after.get(path)!r}"
 
     def mark(self, stage: str, key: Key, *, done: bool) -> None:
         """Records that the stage starts, or that its result stands."""
         entries = self._read()
         entries[stage] = {"key": _plain(key), "done": done}
-        scratch = self._path.with_suffix(".writing")
-        scratch.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        scratch.replace(self._path)
+        write_whole(self._path, json.dumps(entries, indent=1))
 
     def _read(self) -> dict[str, Any]:
         try:

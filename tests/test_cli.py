@@ -3,11 +3,14 @@ traceback.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaConfig
 
 from makd_llm.cli import main
+from makd_llm.models.modeling_lowrank import lowrank_config
 
 ZERO3 = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json")
 
@@ -62,6 +65,8 @@ def test_wrong_calls(capsys: pytest.CaptureFixture[str], arguments: list[str], w
         ("teacher.model={tmp}/mamba", "model_type"),
         ("teacher.model=builtin:gpt5", "gpt5"),
         ("run_dir={tmp}/a_file", "a_file: cannot be written"),
+        ("teacher.model={tmp}/short", "short has only 128 positions"),
+        ("teacher.model={tmp}/student", "is a low-rank student; make it dense first"),
     ],
 )
 def test_wrong_teachers_and_folders(
@@ -71,8 +76,33 @@ def test_wrong_teachers_and_folders(
     (tmp_path / "mamba" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     (tmp_path / "mamba" / "model.safetensors").touch()
     (tmp_path / "a_file").touch()
+    for name, config in (
+        ("short", LlamaConfig(max_position_embeddings=128)),
+        ("student", lowrank_config(LlamaConfig(), {"model.layers.0.mlp.up_proj": 8})),
+    ):
+        config.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").touch()
     run_dir = f"run_dir={tmp_path / 'run'}"
     assert words in ended(capsys, "train", "--ds", ZERO3, run_dir, override.format(tmp=tmp_path))
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny / "teacher", teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(teacher)
+    overrides = (f"teacher.model={teacher}", f"run_dir={tmp_path / 'run'}", "data.max_length=64")
+    assert "its embedding 320 rows" in ended(
+        capsys, "train", "--ds", ZERO3, *overrides, "evaluation.max_new_tokens=8"
+    )
+
+
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    out = tiny / "teacher" / "config.json" / "out"
+    assert "cannot be written" in ended(capsys, "export", str(tiny / "teacher"), str(out))
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -33,7 +33,8 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
 def test_a_setting_that_is_new_and_null_is_a_change_too(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
     stages.mark("sft", {"a": 1}, done=True)
-    assert stages.change("sft", {"a": 1, "b": None}) == "b changed from None to None"
+    assert stages.change("sft", {}) == "a is no longer there"
+    assert stages.change("sft", {"a": 1, "b": None}) == "b is new"
 
 
 def test_a_damaged_record_means_that_nothing_stands(tmp_path: Path) -> None:

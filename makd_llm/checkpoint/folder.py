@@ -267,7 +267,12 @@ class TensorWriter:
         for leftover in (self.staging, self._replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        self.staging.mkdir(parents=True)
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}); choose another folder"
+            ) from None
 
     def _part(self, number: int) -> Path:
         return self.staging / f"part-{number:05d}"

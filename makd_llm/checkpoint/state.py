@@ -6,7 +6,6 @@ another name, renamed when it is whole, and only then the pointer file `latest` 
 checkpoint that does not match its manifest is reported and the one before it is used.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from deepspeed import DeepSpeedEngine
 
 from makd_llm import distributed
 from makd_llm.errors import UserError
+from makd_llm.files import sha256_of, write_whole
 
 POINTER = "latest"
 MANIFEST = "manifest.json"
@@ -44,7 +44,7 @@ class Checkpoints:
         distributed.barrier()
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         mine = files[distributed.rank() :: distributed.world_size()]
-        entries = {str(p.relative_to(staging)): [p.stat().st_size, _digest(p)] for p in mine}
+        entries = {str(p.relative_to(staging)): [p.stat().st_size, sha256_of(p)] for p in mine}
         manifest = {
             name: e for share in distributed.gather_objects(entries) for name, e in share.items()
         }
@@ -90,9 +90,7 @@ class Checkpoints:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
-        scratch = self.folder / f"{POINTER}.writing"
-        scratch.write_text(final.name)
-        os.replace(scratch, self.folder / POINTER)
+        write_whole(self.folder / POINTER, final.name)
         folders = sorted(self.folder.glob("step-*"))
         # Newer ones than this are leftovers of a future that was not resumed (damaged, or never
         # pointed to); they must not push out what this run wrote.
@@ -124,11 +122,6 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _problem(folder: Path) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files, or None."""
     try:
@@ -142,7 +135,7 @@ def _problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} is truncated ({path.stat().st_size} of {size} bytes)"
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} is damaged (its SHA-256 differs)"
     return None
 

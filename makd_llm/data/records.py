@@ -32,6 +32,7 @@ from makd_llm.data.tables import (
     open_json,
 )
 from makd_llm.errors import UserError
+from makd_llm.files import sha256_of
 
 __all__ = [
     "BadRecord",
@@ -237,6 +238,18 @@ def load_records(
     return RecordList(table, columns, place, on_bad_record=on_bad_record, limit=limit)
 
 
+def content_of(source: str, split: str, *, streaming: bool = False) -> str | None:
+    """What tells one content of a local file from another: its SHA-256, of a stream its size.
+
+    None for `builtin:` (its content is fixed) and for Hub data sets. Raises UserError as
+    `load_records` does where a folder has no file for the split.
+    """
+    path = _local_file(source, split)
+    if path is None or not path.is_file():
+        return None
+    return f"{path.stat().st_size} bytes" if streaming else f"sha256 {sha256_of(path)}"
+
+
 def describe_skipped(skipped: Counter[str]) -> str | None:
     """One phrase such as "skipped 3 records: 2 malformed JSON, 1 empty summary", or None."""
     if not skipped.total():
@@ -265,9 +278,7 @@ def _open(source: str, split: str, streaming: bool) -> tuple[Any, str]:
         if name not in files:
             raise UserError(f"{source} has no split {split!r}; it has {', '.join(files)}")
         return JsonLines(files[name]), f"{source}[{name}]"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = _file_of_split(path, split)
+    path = _local_file(source, split) or Path(source).expanduser()
     if path.is_file():
         return _open_file(path, streaming), path.name
     if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
@@ -276,6 +287,16 @@ def _open(source: str, split: str, streaming: bool) -> tuple[Any, str]:
     place = f"dataset {source}[{split}]"
     table = open_arrow(place, streaming=streaming, path=name, name=config or None, split=split)
     return table, place
+
+
+def _local_file(source: str, split: str) -> Path | None:
+    """The local file that holds a split; None where the source is no local one."""
+    if source.startswith("builtin:"):
+        return None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _file_of_split(path, split)
+    return path if path.is_file() else None
 
 
 def _open_file(path: Path, streaming: bool) -> Table:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from makd_llm import distributed
+from makd_llm.files import write_whole
 
 
 class Metrics:
@@ -105,6 +106,4 @@ def _forget_after(path: Path, stage: str, step: int) -> None:
             continue
         if entry.get("stage") != stage or entry.get("step", 0) <= step:
             kept.append(line)
-    scratch = path.with_suffix(".writing")
-    scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))

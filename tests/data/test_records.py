@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from makd_llm.data.records import BadRecord, Columns, RecordList, RecordStream
+from makd_llm.data.records import BadRecord, Columns, RecordList, RecordStream, content_of
 from makd_llm.errors import UserError
 
 Load = Callable[..., Any]
@@ -397,3 +397,14 @@ class TestStream:
         if paths:
             listed: RecordList = load(paths[0], on_bad_record="skip")
             assert list(listed) == list(make())
+
+
+def test_what_a_file_holds_is_told_apart(jsonl: Jsonl) -> None:
+    path = jsonl([GOOD])
+    before, size = content_of(str(path), "train"), content_of(str(path), "train", streaming=True)
+    assert content_of(str(path.parent), "train") == before and str(before).startswith("sha256 ")
+    path.write_text(path.read_text().replace("dog", "cat"))
+    assert content_of(str(path), "train") != before
+    assert content_of(str(path), "train", streaming=True) == size, "a stream is not read for this"
+    assert content_of("builtin:aclsum", "train") is None
+    assert content_of("owner/name", "train") is None
