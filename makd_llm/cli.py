@@ -63,42 +63,28 @@ def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str)
         distributed.shutdown()
 
 
-@app.command()
-def train(
-    ds: Ds,
-    config: Config = None,
-    overrides: Overrides = None,
-    local_rank: LocalRank = 0,
-    debug: Debug = False,
-) -> None:
-    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are
-    skipped.
-    """
-    _run(ds, config, overrides, "evaluate")
+def _stages_command(name: str, until: str, explained: str) -> None:
+    """Adds the command that runs the stages up to and with `until`."""
+
+    @app.command(name, help=explained)
+    def command(
+        ds: Ds,
+        config: Config = None,
+        overrides: Overrides = None,
+        local_rank: LocalRank = 0,
+        debug: Debug = False,
+    ) -> None:
+        _run(ds, config, overrides, until)
 
 
-@app.command()
-def sft(
-    ds: Ds,
-    config: Config = None,
-    overrides: Overrides = None,
-    local_rank: LocalRank = 0,
-    debug: Debug = False,
-) -> None:
-    """Tunes the teacher on the task, and stops there."""
-    _run(ds, config, overrides, "sft")
-
-
-@app.command()
-def factorize(
-    ds: Ds,
-    config: Config = None,
-    overrides: Overrides = None,
-    local_rank: LocalRank = 0,
-    debug: Debug = False,
-) -> None:
-    """Cuts the student from the teacher, and stops there."""
-    _run(ds, config, overrides, "factorize")
+_stages_command(
+    "train",
+    "evaluate",
+    "The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are "
+    "skipped.",
+)
+_stages_command("sft", "sft", "Tunes the teacher on the task, and stops there.")
+_stages_command("factorize", "factorize", "Cuts the student from the teacher, and stops there.")
 
 
 @app.command()
