@@ -3,10 +3,10 @@
     deepspeed --num_accelerators 2 benchmarks/step.py --ds ds_configs/zero3.json --run runs/demo
 
 The run folder (of a finished `make demo`, say) gives teacher, student and data. All sets see the
-same batches on the same two engines, one after the other, round after round, so that a machine that
-is now slow and now fast is so for all of them. Nothing is learnt: the optimizer's step is left out,
-and is the same for all. Columns: seconds per micro-batch (20, 50 and 80 %), and the median's ratio
-to that of logits only (`kd`).
+same batches on the same two engines, one after the other, round after round, every round beginning
+with another set, so that a machine that is now slow and now fast is so for all of them. Nothing is
+learnt: the optimizer's step is left out, and is the same for all. Columns: seconds per micro-batch
+(20, 50 and 80 %), and the ratio to logits only (`kd`) in the same round, its median over rounds.
 """
 
 import csv
@@ -57,7 +57,8 @@ SETS: dict[str, list[str]] = {
 def main(
     ds: Annotated[Path, typer.Option()],
     run: Annotated[Path, typer.Option(help="A finished run's folder.")],
-    rounds: int = 5,
+    rounds: int = 14,
+    records: Annotated[int, typer.Option(help="Per rank and micro-batch.")] = 2,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Measures, prints a table, and writes benchmarks/results/step_<device>.csv."""
@@ -66,8 +67,13 @@ def main(
     config = load_config(run / "config.yaml", [])
     given = read_deepspeed_config(ds)
     world = distributed.world_size()
+    size = {"batch_size": world * records, "micro_batch_size": records}
     joined = training_config(
-        given, config.distil.train, world_size=world, ds_path=ds, section="distil.train"
+        given,
+        config.distil.train.model_copy(update=size),
+        world_size=world,
+        ds_path=ds,
+        section="distil.train",
     )
     dtype = dtype_of(given)
     student = Trained(load_sharded(run / "factorized", joined, dtype), joined)
@@ -94,8 +100,10 @@ def main(
     for count in range(rounds + 1):
         batch = loader.next_step()[0].to(distributed.device())
         tokens += int(batch.n_tokens)
-        for name, objectives in sets.items():
-            took = one(student, teacher, objectives, batch)
+        first = count % len(sets)
+        names = list(sets)
+        for name in names[first:] + names[:first]:
+            took = one(student, teacher, sets[name], batch)
             if count:  # the first round warms up
                 seconds[name].append(took)
     rows = table(seconds, tokens // (rounds + 1), world)
@@ -123,18 +131,18 @@ def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch)
 
 def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict[str, Any]]:
     """One row per set of objectives."""
-    reference = statistics.median(seconds["kd"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     rows = []
     for name, values in seconds.items():
         low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
+        ratios = [value / kd for value, kd in zip(values, seconds["kd"], strict=True)]
         rows.append(
             {
                 "objectives": name,
                 "seconds_20": f"{low:.3f}",
                 "seconds_50": f"{middle:.3f}",
                 "seconds_80": f"{high:.3f}",
-                "ratio_to_kd": f"{middle / reference:.2f}",
+                "ratio_to_kd": f"{statistics.median(ratios):.2f}",
                 "tokens_per_rank": tokens,
                 "ranks": world,
                 "rounds": len(values),
