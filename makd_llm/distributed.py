@@ -16,6 +16,7 @@ import ctypes
 import logging
 import os
 import pickle
+import secrets
 import shutil
 import socket
 import sys
@@ -218,11 +219,19 @@ def compiler_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A TCP port of this machine that nobody uses at the moment.
+
+    From below the range out of which Linux serves outgoing connections (32768 and up): one of those
+    may take a port of that range in the seconds until a rank listens on it.
+    """
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def portable(error: BaseException | None) -> BaseException | None:

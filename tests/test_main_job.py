@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from makd_llm import distributed
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -26,9 +28,8 @@ def command(tiny: Path, run_dir: Path, *more: str) -> list[str]:
         "--num_accelerators",
         "2",
         "--master_port",
-        "0",
+        str(distributed.free_port()),
     ]
-    launcher[-1] = str(_free_port())
     return [
         *launcher,
         str(CHECKOUT / "train.py"),
@@ -39,12 +40,6 @@ def command(tiny: Path, run_dir: Path, *more: str) -> list[str]:
         f"run_dir={run_dir}",
         *more,
     ]
-
-
-def _free_port() -> int:
-    from makd_llm import distributed
-
-    return distributed.free_port()
 
 
 def environment() -> dict[str, str]:
@@ -100,7 +95,10 @@ teacher: {{model: {tiny}/teacher}}
 data: {{source: {tiny}, max_length: 64}}
 sft: {{enabled: true, train: {{steps: 3, batch_size: 4, checkpoint_every: 2}}}}
 student: {{calibration_records: 8, calibration_batch: 4}}
-distil: {{train: {{steps: 8, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 3}}}}
+distil:
+  weights: balanced
+  balance: {{every: 3}}
+  train: {{steps: 8, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 3}}
 evaluation: {{records: 8, generate_records: 4, max_new_tokens: 4, batch_size: 2}}
 merge: true
 """)
@@ -192,23 +190,31 @@ def test_a_changed_config_makes_its_stage_and_the_later_ones_run_again(
 ) -> None:
     folder = config / "changed"
     shutil.copytree(finished[0], folder)
-    done = run(config, folder, "student.keep_ratio=0.4", "merge=false")
+    done = run(config, folder, "student.keep_ratio=0.4", "merge=false", "distil.preset=finetune")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sft: stands in" in done.stdout
     assert (
         "factorize: runs again, because student.keep_ratio changed from 0.5 to 0.4" in done.stdout
     )
-    assert "distil: runs again, because the stage before it changed" in done.stdout
+    assert "distil: runs again, because distil.preset changed" in done.stdout
+    assert "evaluate: runs again, because the stage before it changed" in done.stdout
+    assert "objectives: cross_entropy;" in done.stdout
     assert not (folder / "student-merged").exists(), "it was of another student"
 
 
-def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:
-    run_dir = config / "terminated"
-    launched = command(config, run_dir, "distil.train.steps=500")
+def alone(tiny: Path, run_dir: Path) -> subprocess.Popen[str]:
+    """A run in one process, without the launcher: logits only, data read as a stream."""
+    overrides = ("distil.preset=kd", "data.streaming=true", "distil.train.steps=40")
+    launched = command(tiny, run_dir, *overrides)
     single = [sys.executable, *launched[launched.index(str(CHECKOUT / "train.py")) :]]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         single, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_sigterm_saves_exits_with_its_code_and_the_same_command_goes_on(config: Path) -> None:
+    whole, run_dir = config / "alone", config / "terminated"
+    process = alone(config, run_dir)
     deadline = time.monotonic() + 240
     while steps_done(run_dir, "distil") < 4:
         assert process.poll() is None and time.monotonic() < deadline
@@ -218,4 +224,10 @@ def test_sigterm_saves_and_exits_with_its_code(config: Path) -> None:
     assert process.returncode == 75, errors
     assert "state saved" in errors.strip().splitlines()[-1]
     pointer = (run_dir / "checkpoints" / "distil" / "latest").read_text()
-    assert int(pointer.removeprefix("step-")) >= 4
+    assert 4 <= int(pointer.removeprefix("step-")) < 40
+    for folder in (run_dir, whole):
+        process = alone(config, folder)
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    first, second = (load_file(f / "student" / "model.safetensors") for f in (whole, run_dir))
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,63 @@
+"""The tables say what the JSON files hold, also where a row has no size or no perplexity."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from makd_llm.report.table import evaluation_table, factorization_table
+
+
+def printed(table: Table) -> list[str]:
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().splitlines()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_evaluation() -> None:
+    rouge = {"rouge1": 28.215, "rouge2": 6.6, "rougeL": 22.4, "rougeLsum": 22.5}
+    evaluation: dict[str, Any] = {
+        "records": {"perplexity": 24, "rouge": 12},
+        "prompt": "the prompt's rule",
+        "rouge_settings": "stemmed",
+        "models": {
+            "student": {
+                "parameters": {"total": 81_341_568, "blocks": 53_030_000, "factorized": 1},
+                "perplexity": {"value": 48.149},
+                "rouge": rouge,
+            },
+            "lead-1": {"rouge": rouge},
+        },
+    }
+    lines = printed(evaluation_table(evaluation))
+    assert "perplexity over 24 references, ROUGE over 12 summaries" in lines[0]
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert rows == [
+        ["student", "81.34 M", "53.03 M", "48.15", "28.21", "6.60", "22.40", "22.50"],
+        ["lead-1", "", "", "", "28.21", "6.60", "22.40", "22.50"],
+    ]
+    assert "the prompt's rule" in lines[-2] and "ROUGE: stemmed" in lines[-1]
+
+
+def test_factorization() -> None:
+    matrices = [
+        {"role": role, "rows": 4, "columns": 6, "rank": 2, "residual": residual}
+        for role, residual in (("q", 0.1), ("q", 0.3), ("up", 0.5))
+    ]
+    parameters = {
+        "teacher": {"blocks": 2_000_000, "total": 3_000_000},
+        "student": {"blocks": 1_000_000, "total": 2_000_000},
+    }
+    lines = printed(factorization_table(matrices, parameters))
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert rows == [
+        ["q", "2", "4 x 6", "2", "0.100", "0.200", "0.300"],
+        ["up", "1", "4 x 6", "2", "0.500", "0.500", "0.500"],
+    ]
+    caption = " ".join(lines[-2:])
+    assert "blocks 2.00 M -> 1.00 M" in caption and "2,000,000 stored" in caption
