@@ -6,7 +6,8 @@ The run folder (of a finished `make demo`, say) gives teacher, student and data.
 same batches on the same two engines, one after the other, round after round, every round beginning
 with another set, so that a machine that is now slow and now fast is so for all of them. Nothing is
 learnt: the optimizer's step is left out, and is the same for all. Columns: seconds per micro-batch
-(20, 50 and 80 %), and the ratio to logits only (`kd`) in the same round, its median over rounds.
+(20, 50 and 80 %), and the ratio to `kd` (cross-entropy and logits) in the same round, its median
+over rounds.
 """
 
 import csv

@@ -260,17 +260,17 @@ class RunConfig(Section):
     """Also export dense weights in the teacher's own architecture (student-merged/)."""
 
 
+def _weights(
+    cross_entropy: float, logits: float, matrix: float, attention: float, hidden: float
+) -> dict[str, Any]:
+    return {name: {"weight": weight} for name, weight in locals().items()}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # methods.md section 1: all three levels; section 4: the two controls every claim needs.
-    "makd": {},
-    "kd": {"matrix": {"weight": 0.0}, "attention": {"weight": 0.0}, "hidden": {"weight": 0.0}},
-    "finetune": {
-        "cross_entropy": {"weight": 1.0},
-        "logits": {"weight": 0.0},
-        "matrix": {"weight": 0.0},
-        "attention": {"weight": 0.0},
-        "hidden": {"weight": 0.0},
-    },
+    "makd": _weights(cross_entropy=0.3, logits=1.0, matrix=1.0, attention=1.0, hidden=1.0),
+    "kd": _weights(cross_entropy=0.3, logits=1.0, matrix=0.0, attention=0.0, hidden=0.0),
+    "finetune": _weights(cross_entropy=1.0, logits=0.0, matrix=0.0, attention=0.0, hidden=0.0),
 }
 
 
@@ -293,7 +293,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
                 f"{where}: expected keys and values at the top level, "
                 "found a list or a single value"
             )
-        given = OmegaConf.merge(from_file, OmegaConf.from_dotlist(overrides))
+        typed = OmegaConf.from_dotlist(overrides)
+        given = OmegaConf.merge(from_file, _preset_of(typed), typed)
         plain = OmegaConf.to_container(given, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; configs/ holds examples") from None
@@ -312,6 +313,13 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         return RunConfig.model_validate(with_preset({str(key): v for key, v in plain.items()}))
     except ValidationError as error:
         raise UserError(_first_line(error, where, overrides)) from None
+
+
+def _preset_of(typed: Any) -> dict[str, Any]:
+    """A preset named on the command line sets the weights anew, also those that the file gives."""
+    name = OmegaConf.select(typed, "distil.preset", throw_on_resolution_failure=False)
+    weights = PRESETS.get(name) if isinstance(name, str) else None
+    return {"distil": {"objectives": weights}} if weights else {}
 
 
 def with_preset(plain: dict[str, Any]) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def free_port() -> int:
     From below the range out of which Linux serves outgoing connections (32768 and up): one of those
     may take a port of that range in the seconds until a rank listens on it.
     """
-    while True:
+    for _ in range(100):
         port = 20000 + secrets.randbelow(12000)
         with socket.socket() as probe:
             try:
@@ -232,6 +232,7 @@ def free_port() -> int:
             except OSError:
                 continue
         return port
+    raise RuntimeError("no TCP port of 127.0.0.1 between 20000 and 32000 can be bound")
 
 
 def portable(error: BaseException | None) -> BaseException | None:

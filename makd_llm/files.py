@@ -15,3 +15,18 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sample_of_folder(folder: Path) -> str:
+    """Tells one content of a model folder from another without reading all of it: SHA-256 of names,
+    sizes, and 64 KiB at 16 places of every weight file and config.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for sixteenth in range(16):
+                file.seek(size * sixteenth // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]

@@ -25,6 +25,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge, write_model
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
+from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
 from makd_llm.config import RunConfig, TrainConfig, dump_config
 from makd_llm.data.batch import collate
 from makd_llm.data.records import RecordList, content_of, describe_skipped
@@ -33,9 +34,8 @@ from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
 from makd_llm.factorize.parallel import MatrixReport, factorize
 from makd_llm.factorize.statistics import covariances
-from makd_llm.files import sha256_of, write_whole
+from makd_llm.files import sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
-from makd_llm.models.modeling_lowrank import is_lowrank
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
@@ -53,6 +53,7 @@ from makd_llm.train.build import (
 from makd_llm.train.deepspeed_config import (
     dtype_of,
     frozen_config,
+    left_to_json,
     read_deepspeed_config,
     training_config,
 )
@@ -73,15 +74,10 @@ class Run:
         self.ds_path = ds_path
         self.deepspeed = read_deepspeed_config(ds_path)
         self.dtype = dtype_of(self.deepspeed)
-        self.dir = config.run_dir
+        self.dir = config.run_dir.expanduser()
         self.stages = Stages(self.dir)
         self._check_batches()
-        self._check_contradictions()
-        text = config.evaluation.text
-        if text is not None and not text.is_file():
-            raise UserError(
-                f"evaluation.text {text}: no such file; name a text file, or leave it out"
-            )
+        check_settings(config, self.deepspeed, ds_path)
 
     @staticmethod
     def tell(text: str) -> None:
@@ -92,9 +88,10 @@ class Run:
     def execute(self, until: str = STAGES[-1]) -> None:
         """Runs the stages in order, up to and with `until`."""
         wanted = STAGES[: STAGES.index(until) + 1]
+        if wanted[-1] == "sft" and not self.config.sft.enabled:
+            raise UserError("sft.enabled is false, so there is nothing to tune; set it to true")
         lock = distributed.on_main(_lock, self.dir)
         try:
-            distributed.on_main(self._describe)
             self._execute(wanted)
         finally:
             if distributed.is_main():
@@ -102,10 +99,13 @@ class Run:
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
-        _check_teacher(given, self.config.data.max_length)
+        check_teacher(given, self.config)
+        if "evaluate" in wanted:  # a split that is missing is not to be found at the end
+            self._content_of_data(validation=True)
         # Whole in the first keys and not as a digest, so that a change can be named.
         first = {
             "teacher": self.config.teacher.model_dump(),
+            "teacher_files": distributed.on_main(sample_of_folder, given),
             "data": self.config.data.model_dump(exclude={"validation_source", "validation_split"}),
             "train_file": self._content_of_data(validation=False),
             "seed": self.config.seed,
@@ -181,6 +181,7 @@ class Run:
             self.tell(f"{name}: runs again, because {change}")
             self._checkpoints(name, 1).clear()
         distributed.on_main(self.stages.mark, name, key, done=False)
+        distributed.on_main(self._describe)
         torch.manual_seed(self.config.seed)
         make()
         gc.collect()
@@ -204,31 +205,6 @@ class Run:
             self._training_config(self.config.sft.train, "sft.train")
         self._training_config(self.config.distil.train, "distil.train")
 
-    def _check_contradictions(self) -> None:
-        """Of settings with each other; what would otherwise be found after hours of training."""
-        distil, asked = self.config.distil, self.config.evaluation
-        if distil.objectives.matrix.input == "teacher" and distil.train.gradient_checkpointing:
-            raise UserError(
-                "distil.objectives.matrix.input=teacher runs matrices a second time, which "
-                "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
-            )
-        if asked.max_new_tokens >= self.config.data.max_length // 2:
-            raise UserError(
-                f"evaluation.max_new_tokens is {asked.max_new_tokens}, half the window "
-                f"(data.max_length {self.config.data.max_length}) or more; lower it"
-            )
-        if asked.text_stride >= asked.text_window:
-            raise UserError(
-                f"evaluation.text_stride is {asked.text_stride}, not below "
-                f"evaluation.text_window ({asked.text_window}); lower it"
-            )
-        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        if stage == 0 and self.dtype is torch.float32:
-            raise UserError(
-                f"{self.ds_path}: stage 0 in fp32 does not notice gradients that are not finite; "
-                "set zero_optimization.stage to 1, 2 or 3, or enable bf16"
-            )
-
     def _sft(self, given: Path, result: Path) -> None:
         """Tunes the teacher on the task: cross-entropy on the references."""
         objectives = Objectives(
@@ -239,7 +215,7 @@ class Run:
 
     def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
         config = read_config(factorized)
-        _same_tokenizer(teacher, factorized)
+        check_same_tokenizer(teacher, factorized)
         objectives = build_objectives(
             self.config.distil, family_of(config), config.num_hidden_layers
         )
@@ -453,7 +429,11 @@ class Run:
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""
-        (self.dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        told = {
+            name: section.model_copy(update={"train": left_to_json(self.deepspeed, section.train)})
+            for name, section in (("sft", self.config.sft), ("distil", self.config.distil))
+        }
+        write_whole(self.dir / "config.yaml", dump_config(self.config.model_copy(update=told)))
         _write_json(self.dir / "environment.json", _environment())
 
 
@@ -476,42 +456,6 @@ def _lock(run_dir: Path) -> str:
         ) from None
     _LOCKS[str(run_dir)] = lock
     return str(run_dir)
-
-
-def _check_teacher(folder: Path, max_length: int) -> None:
-    """What would otherwise be found in the middle of a stage: a model that cannot teach, a window
-    or token ids beyond its tables.
-    """
-    config = read_config(folder)
-    family_of(config)
-    if is_lowrank(config):
-        raise UserError(
-            f"{folder} is a low-rank student; make it dense first "
-            f"(makd export {folder} OUT --merge) and name OUT as teacher.model"
-        )
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        raise UserError(
-            f"data.max_length is {max_length}, but {folder} has only {positions} positions "
-            "(max_position_embeddings); lower it"
-        )
-    tokens = len(load_tokenizer(folder))
-    if tokens > config.vocab_size:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokens} tokens, its embedding {config.vocab_size} rows; "
-            "resize the embedding, or give the tokenizer that belongs to the model"
-        )
-
-
-def _same_tokenizer(teacher: Path, student: Path) -> None:
-    """Token distributions can only be compared over one vocabulary."""
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
-    if ours != theirs:
-        token = next(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))
-        raise UserError(
-            f"tokenizers differ: {token!r} is {theirs.get(token)} in {teacher} and "
-            f"{ours.get(token)} in {student}; delete {student} to cut the student anew"
-        )
 
 
 def pad_id_of(tokenizer: Any) -> int:

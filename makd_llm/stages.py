@@ -36,7 +36,12 @@ class Stages:
             return None
         before, after = _flat(entry["key"]), _flat(_plain(key))
         missing = object()  # a key that a version does not have differs from one that is null
-        path = next(p for p in [*after, *before] if before.get(p, missing) != after.get(p, missing))
+        differing = [
+            p for p in [*after, *before] if before.get(p, missing) != after.get(p, missing)
+        ]
+        if not differing:
+            return "an empty section came or went"
+        path = differing[0]
         if path.endswith("after"):
             return "the stage before it changed"
         if path not in before or path not in after:

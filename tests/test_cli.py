@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
+from makd_llm.checks import check_teacher
 from makd_llm.cli import main
+from makd_llm.config import DataConfig, RunConfig
 from makd_llm.models.modeling_lowrank import lowrank_config
 
 ZERO3 = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json")
@@ -47,6 +49,9 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ],
             "batch size 7",
         ),
+        (["sft", "--ds", ZERO3, "run_dir=/dev/null/x", "sft.enabled=false"], "nothing to tune"),
+        (["train", "--ds", ZERO3, f"data.source={__file__}"], "data.validation_source"),
+        (["train", "--ds", ZERO3, "evaluation.text=/no/such.txt"], "/no/such.txt: cannot be"),
         (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
         (["export", "nowhere", "out", "--merge"], "nowhere"),
         (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),
@@ -92,10 +97,14 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny / "teacher", teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    tokenizer.add_tokens(["<one more>"])
+    tokenizer.add_tokens(["<picture>"])
+    tokenizer.save_pretrained(teacher)
+    config = RunConfig(data=DataConfig(max_length=64))
+    check_teacher(teacher, config)  # as Gemma 3's token for pictures, which texts do not hold
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
     tokenizer.save_pretrained(teacher)
     overrides = (f"teacher.model={teacher}", f"run_dir={tmp_path / 'run'}", "data.max_length=64")
-    assert "its embedding 320 rows" in ended(
+    assert "its embedding has 320 rows" in ended(
         capsys, "train", "--ds", ZERO3, *overrides, "evaluation.max_new_tokens=8"
     )
 

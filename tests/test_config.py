@@ -96,3 +96,19 @@ def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
 )
 def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path, [])
+
+
+def test_a_preset_on_the_command_line_sets_the_weights_that_a_file_gives(tmp_path: Path) -> None:
+    """A run's own config.yaml names every weight; a control made from it is to be that control."""
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(load_config(None, ["distil.objectives.hidden.weight=0.5"])))
+    same = load_config(path, [])
+    assert same.distil.objectives.hidden.weight == 0.5
+    kd = load_config(path, ["distil.preset=kd", "distil.objectives.attention.weight=2"])
+    objectives = kd.distil.objectives
+    assert (objectives.hidden.weight, objectives.matrix.weight, objectives.logits.weight) == (
+        0.0,
+        0.0,
+        1.0,
+    )
+    assert objectives.attention.weight == 2.0

@@ -27,7 +27,8 @@ SEEN_ONLY_BY = {
     "makd_llm.objectives": COMPOSERS,
     "makd_llm.train": COMPOSERS,
     "makd_llm.pipeline": ("makd_llm.cli",),
-    "makd_llm.config": ("makd_llm.pipeline", "makd_llm.cli", *BUILDERS),
+    "makd_llm.config": ("makd_llm.pipeline", "makd_llm.cli", "makd_llm.checks", *BUILDERS),
+    "makd_llm.checks": ("makd_llm.pipeline",),
     "makd_llm.testing": (),
 }
 

@@ -37,6 +37,12 @@ def test_a_setting_that_is_new_and_null_is_a_change_too(tmp_path: Path) -> None:
     assert stages.change("sft", {"a": 1, "b": None}) == "b is new"
 
 
+def test_an_empty_section_is_a_change_with_a_reason(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    stages.mark("sft", {"a": 1}, done=True)
+    assert stages.change("sft", {"a": 1, "ds": {}}) == "an empty section came or went"
+
+
 def test_a_damaged_record_means_that_nothing_stands(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
     stages.mark("sft", {"a": 1}, done=True)

@@ -247,6 +247,7 @@ def content_of(source: str, split: str, *, streaming: bool = False) -> str | Non
     path = _local_file(source, split)
     if path is None or not path.is_file():
         return None
+    _check_readable(path)
     return f"{path.stat().st_size} bytes" if streaming else f"sha256 {sha256_of(path)}"
 
 
@@ -299,11 +300,15 @@ def _local_file(source: str, split: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _open_file(path: Path, streaming: bool) -> Table:
+def _check_readable(path: Path) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}; check its rights") from error
+
+
+def _open_file(path: Path, streaming: bool) -> Table:
+    _check_readable(path)
     match path.suffix:
         case ".jsonl":
             return JsonLines(path)

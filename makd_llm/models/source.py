@@ -37,7 +37,7 @@ def resolve_model(model: str) -> Path:
     """
     if model.startswith(BUILTIN):
         return _converted(fetch_builtin_model(model.removeprefix(BUILTIN)))
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(
@@ -46,7 +46,7 @@ def resolve_model(model: str) -> Path:
         return _converted(path)
     if path.is_dir():
         return _checked_folder(path)
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(
             f"{model}: no such folder; teacher.model takes a .gguf file, a folder or a Hub id"
         )

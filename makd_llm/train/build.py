@@ -124,6 +124,8 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
         )
     if distil.schedule.kind == "staged":
         _check_schedule(distil, objectives)
+    if distil.weights == "balanced":
+        _check_balance(distil, objectives)
     return objectives
 
 
@@ -169,6 +171,17 @@ def _check_schedule(distil: DistilConfig, objectives: Objectives) -> None:
             raise UserError(
                 f"distil.schedule.{level} is {share} but no objective of that level is on; "
                 "set it to 0, or give one a weight"
+            )
+
+
+def _check_balance(distil: DistilConfig, objectives: Objectives) -> None:
+    """Of the levels that learn together, one at least has to have a share."""
+    turns = [[level] for level, share in (staged_shares(distil) or {}).items() if share > 0]
+    for levels in turns or [objectives.levels]:
+        if not any(getattr(distil.balance, level) for level in levels):
+            raise UserError(
+                f"distil.balance: the share of {' and '.join(levels)} is 0, so nothing would be "
+                "learnt; give it one, or set distil.weights=fixed"
             )
 
 

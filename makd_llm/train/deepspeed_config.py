@@ -157,6 +157,20 @@ def training_config(
     return resolved
 
 
+def left_to_json(deepspeed: dict[str, Any], train: TrainConfig) -> TrainConfig:
+    """The section with null for whatever the JSON states itself: what took part in the run, so that
+    the section, given again with the same JSON, contradicts nothing.
+    """
+    ruled: dict[str, None] = {}
+    for path, key in OWNED.items():
+        place: Any = deepspeed
+        for name in path.split("."):
+            place = place.get(name, {}) if isinstance(place, dict) else {}
+        if place not in (AUTO, {}) and key != "steps":
+            ruled[key] = None
+    return train.model_copy(update=ruled)
+
+
 def frozen_config(deepspeed: dict[str, Any], *, micro_batch_size: int) -> dict[str, Any]:
     """The JSON of an engine that only runs forward: sharding and precision as in `--ds`, no
     optimizer.

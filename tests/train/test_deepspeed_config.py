@@ -8,7 +8,12 @@ import pytest
 
 from makd_llm.config import TrainConfig
 from makd_llm.errors import UserError
-from makd_llm.train.deepspeed_config import frozen_config, read_deepspeed_config, training_config
+from makd_llm.train.deepspeed_config import (
+    frozen_config,
+    left_to_json,
+    read_deepspeed_config,
+    training_config,
+)
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 ZERO3 = next(path for path in SHIPPED if path.name == "zero3.json")
@@ -107,3 +112,11 @@ def test_the_frozen_engine_keeps_sharding_and_precision_and_has_no_optimizer() -
     frozen = frozen_config(read_deepspeed_config(ZERO3), micro_batch_size=2)
     assert frozen["zero_optimization"]["stage"] == 3 and frozen["bf16"] == {"enabled": True}
     assert "optimizer" not in frozen and "scheduler" not in frozen
+
+
+def test_what_the_json_states_is_left_to_it_so_that_a_kept_config_contradicts_nothing() -> None:
+    ds = read_deepspeed_config(ZERO3)
+    ds["optimizer"]["params"]["lr"] = 7e-5
+    kept = left_to_json(ds, TrainConfig(steps=50, learning_rate=2e-4, batch_size=8))
+    assert kept.learning_rate is None and (kept.steps, kept.batch_size) == (50, 8)
+    assert joined(ds, **kept.model_dump())["optimizer"]["params"]["lr"] == 7e-5

@@ -1,7 +1,13 @@
 """The balance of the levels and the turns they take."""
 
+from typing import Any
+
 import pytest
 
+from makd_llm.config import DistilConfig
+from makd_llm.errors import UserError
+from makd_llm.models.families import FAMILIES
+from makd_llm.train.build import build_objectives
 from makd_llm.train.levels import LevelBalance, staged_level
 
 
@@ -45,3 +51,16 @@ def test_the_schedule_learns_from_the_first_step_to_the_last() -> None:
     assert values[:4] == [0.25, 0.5, 0.75, 1.0]
     assert values[4:] == sorted(values[4:], reverse=True)
     assert values[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"balance": {"matrix": 0, "layer": 0, "model": 0}},
+        {"balance": {"layer": 0}, "schedule": {"kind": "staged"}},
+    ],
+)
+def test_levels_that_learn_together_need_a_share(asked: dict[str, Any]) -> None:
+    distil = DistilConfig.model_validate({"weights": "balanced", **asked})
+    with pytest.raises(UserError, match=r"the share of .*layer.* is 0"):
+        build_objectives(distil, FAMILIES["llama"], 4)

@@ -1,0 +1,91 @@
+"""What contradicts itself is found before anything is computed, not in the middle of a stage."""
+
+from pathlib import Path
+from typing import Any
+
+from makd_llm.checkpoint.folder import read_config
+from makd_llm.config import RunConfig
+from makd_llm.errors import UserError
+from makd_llm.models.families import family_of
+from makd_llm.models.modeling_lowrank import is_lowrank
+from makd_llm.models.source import load_tokenizer
+
+
+def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) -> None:
+    """Settings against each other and against DeepSpeed's JSON. Raises UserError."""
+    distil, data, asked = config.distil, config.data, config.evaluation
+    if distil.objectives.matrix.input == "teacher" and distil.train.gradient_checkpointing:
+        raise UserError(
+            "distil.objectives.matrix.input=teacher runs matrices a second time, which "
+            "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
+        )
+    if data.validation_source is None and Path(data.source).expanduser().is_file():
+        raise UserError(
+            f"data.source is one file ({data.source}), which would be trained on and evaluated; "
+            "name another in data.validation_source, or a folder with a file for each split"
+        )
+    if asked.max_new_tokens >= data.max_length // 2:
+        raise UserError(
+            f"evaluation.max_new_tokens is {asked.max_new_tokens}, half the window "
+            f"(data.max_length {data.max_length}) or more; lower it"
+        )
+    if asked.text_stride >= asked.text_window:
+        raise UserError(
+            f"evaluation.text_stride is {asked.text_stride}, not below "
+            f"evaluation.text_window ({asked.text_window}); lower it"
+        )
+    if asked.text is not None:
+        try:
+            asked.text.open("rb").close()
+        except OSError as error:
+            raise UserError(
+                f"evaluation.text {asked.text}: cannot be opened ({error.strerror}); "
+                "name a text file, or leave it out"
+            ) from None
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and not deepspeed.get("bf16", {}).get("enabled"):
+        raise UserError(
+            f"{ds_path}: stage 0 in fp32 does not notice gradients that are not finite; "
+            "set zero_optimization.stage to 1, 2 or 3, or enable bf16"
+        )
+
+
+def check_teacher(folder: Path, config: RunConfig) -> None:
+    """A model that cannot teach, a window or token ids beyond its tables. Raises UserError."""
+    model = read_config(folder)
+    family_of(model)
+    if is_lowrank(model):
+        raise UserError(
+            f"{folder} is a low-rank student; make it dense first "
+            f"(makd export {folder} OUT --merge) and name OUT as teacher.model"
+        )
+    windows = {"data.max_length": config.data.max_length}
+    if config.evaluation.text is not None:
+        windows["evaluation.text_window"] = config.evaluation.text_window
+    positions = getattr(model, "max_position_embeddings", None)
+    for key, window in windows.items():
+        if positions is not None and window > positions:
+            raise UserError(
+                f"{key} is {window}, but {folder} has only {positions} positions "
+                "(max_position_embeddings); lower it"
+            )
+    # Tokens added for pictures and the like may lie beyond the embedding (Gemma 3's do); these not.
+    tokenizer = load_tokenizer(folder)
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    tokens = max(tokenizer.vocab_size, *(1 + i for i in used if i is not None), 0)
+    if tokens > model.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer needs {tokens} tokens, its embedding has {model.vocab_size} "
+            "rows; resize the embedding, or give the tokenizer that belongs to the model"
+        )
+
+
+def check_same_tokenizer(teacher: Path, student: Path) -> None:
+    """Token distributions can only be compared over one vocabulary. Raises UserError."""
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    if ours != theirs:
+        token = next(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))
+        raise UserError(
+            f"tokenizers differ: {token!r} is {theirs.get(token)} in {teacher} and "
+            f"{ours.get(token)} in {student}; delete {student} to cut the student anew"
+        )
