@@ -260,10 +260,8 @@ class RunConfig(Section):
     """Also export dense weights in the teacher's own architecture (student-merged/)."""
 
 
-def _weights(
-    cross_entropy: float, logits: float, matrix: float, attention: float, hidden: float
-) -> dict[str, Any]:
-    return {name: {"weight": weight} for name, weight in locals().items()}
+def _weights(**weights: float) -> dict[str, Any]:
+    return {name: {"weight": weight} for name, weight in weights.items()}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -294,7 +292,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
                 "found a list or a single value"
             )
         typed = OmegaConf.from_dotlist(overrides)
-        given = OmegaConf.merge(from_file, _preset_of(typed), typed)
+        given = OmegaConf.merge(_preset_of(from_file), from_file, _preset_of(typed), typed)
         plain = OmegaConf.to_container(given, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; configs/ holds examples") from None
@@ -310,28 +308,19 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
             f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
         )
     try:
-        return RunConfig.model_validate(with_preset({str(key): v for key, v in plain.items()}))
+        return RunConfig.model_validate(plain)
     except ValidationError as error:
         raise UserError(_first_line(error, where, overrides)) from None
 
 
-def _preset_of(typed: Any) -> dict[str, Any]:
-    """A preset named on the command line sets the weights anew, also those that the file gives."""
-    name = OmegaConf.select(typed, "distil.preset", throw_on_resolution_failure=False)
+def _preset_of(given: Any) -> dict[str, Any]:
+    """The weights of the preset that a file or the command line names. They lie below what is given
+    in the same place, so that single keys win, and above what a file gives to the command line's.
+    """
+    distil = given.get("distil")
+    name = distil.get("preset") if OmegaConf.is_dict(distil) else None
     weights = PRESETS.get(name) if isinstance(name, str) else None
     return {"distil": {"objectives": weights}} if weights else {}
-
-
-def with_preset(plain: dict[str, Any]) -> dict[str, Any]:
-    """Puts the preset's objective settings below what was given, so that single keys still win."""
-    distil = plain.get("distil")
-    name = distil.get("preset", "makd") if isinstance(distil, dict) else None
-    preset = PRESETS.get(name) if isinstance(name, str) else None
-    given = distil.get("objectives", {}) if isinstance(distil, dict) else None
-    if not preset or not isinstance(given, dict):
-        return plain
-    merged = OmegaConf.to_container(OmegaConf.merge(preset, given))
-    return {**plain, "distil": {**plain["distil"], "objectives": merged}}
 
 
 def dump_config(config: RunConfig) -> str:

@@ -163,10 +163,8 @@ def left_to_json(deepspeed: dict[str, Any], train: TrainConfig) -> TrainConfig:
     """
     ruled: dict[str, None] = {}
     for path, key in OWNED.items():
-        place: Any = deepspeed
-        for name in path.split("."):
-            place = place.get(name, {}) if isinstance(place, dict) else {}
-        if place not in (AUTO, {}) and key != "steps":
+        place, last = _place(deepspeed, path)
+        if place.get(last, AUTO) != AUTO and key != "steps":
             ruled[key] = None
     return train.model_copy(update=ruled)
 
@@ -192,13 +190,18 @@ def dtype_of(deepspeed: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if deepspeed.get("bf16", {}).get("enabled") else torch.float32
 
 
+def _place(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The object that holds the last key of a dotted path (an empty one where there is none)."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config.get(parent, {})
+    return config, last
+
+
 def _join(
     config: dict[str, Any], path: str, value: Any, run_key: str, explicit: bool, ds_path: Path
 ) -> None:
-    *parents, last = path.split(".")
-    place = config
-    for parent in parents:
-        place = place.get(parent, {})
+    place, last = _place(config, path)
     if last not in place:
         return
     stated = place[last]
