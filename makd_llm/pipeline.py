@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
 from makd_llm.config import RunConfig, TrainConfig, dump_config
 from makd_llm.data.batch import collate
+from makd_llm.data.prompt import usable_examples
 from makd_llm.data.records import RecordList, content_of, describe_skipped
-from makd_llm.data.schema import BadRecord, Example
+from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
 from makd_llm.factorize.parallel import MatrixReport, factorize
@@ -100,8 +102,8 @@ class Run:
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
         check_teacher(given, self.config)
-        if "evaluate" in wanted:  # a split that is missing is not to be found at the end
-            self._content_of_data(validation=True)
+        # Looked at first: a split that is missing is not to be found at the end.
+        validation_file = self._content_of_data(validation=True) if "evaluate" in wanted else None
         # Whole in the first keys and not as a digest, so that a change can be named.
         first = {
             "teacher": self.config.teacher.model_dump(),
@@ -136,8 +138,8 @@ class Run:
             "validation": self.config.data.model_dump(
                 include={"validation_source", "validation_split"}
             ),
-            "validation_file": self._content_of_data(validation=True),
-            "text_file": distributed.on_main(sha256_of, text) if (text := asked.text) else None,
+            "validation_file": validation_file,
+            "text_file": distributed.on_main(sha256_of, asked.text) if asked.text else None,
             "after": digest(key),
         }
         result = self.dir / "evaluation.json"
@@ -347,18 +349,10 @@ class Run:
         """This rank's training examples for calibration; the same number on every rank."""
         prompts = build_prompts(self.config.data, tokenizer)
         wanted, world = self.config.student.calibration_records, distributed.world_size()
-        examples: list[Example] = []
         records = build_records(self.config.data)
         unusable: Counter[str] = Counter()
-        for record in records:
-            if len(examples) == wanted:
-                break
-            try:
-                examples.append(prompts.example(record))
-            except BadRecord as bad:
-                if self.config.data.on_bad_record == "error":
-                    raise
-                unusable[bad.reason] += 1
+        pairs = usable_examples(prompts, records, self.config.data.on_bad_record, unusable)
+        examples = [example for _, example in islice(pairs, wanted)]
         if skipped := describe_skipped(records.skipped + unusable):
             self.tell(f"factorize: {skipped}")
         usable = len(examples) // world * world

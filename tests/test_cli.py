@@ -109,6 +109,17 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     )
 
 
+def test_a_missing_validation_split_is_found_before_anything_is_trained(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny / "train.jsonl", tmp_path)
+    overrides = (f"teacher.model={tiny / 'teacher'}", f"data.source={tmp_path}")
+    sizes = ("data.max_length=64", "evaluation.max_new_tokens=8", f"run_dir={tmp_path / 'run'}")
+    said = ended(capsys, "train", "--ds", ZERO3, *overrides, *sizes)
+    assert "no file for the split 'validation'" in said
+    assert not (tmp_path / "run" / "stages.json").exists()
+
+
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
     out = tiny / "teacher" / "config.json" / "out"
     assert "cannot be written" in ended(capsys, "export", str(tiny / "teacher"), str(out))

@@ -20,13 +20,15 @@ It is never doubled.
 """
 
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from string import Formatter
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from makd_llm.data.schema import BadRecord, Example, Record
+from makd_llm.data.schema import BadRecord, Example, OnBadRecord, Record
 from makd_llm.errors import UserError
 
 __all__ = ["BosRule", "Example", "PromptBuilder"]
@@ -306,3 +308,22 @@ def _fields_of(template: str) -> list[str]:
     if "document" not in fields:
         raise UserError(f"the template {template!r} has no {{document}}; say where it goes")
     return fields
+
+
+def usable_examples(
+    prompts: PromptBuilder,
+    records: Iterable[Record],
+    on_bad_record: OnBadRecord,
+    skipped: Counter[str],
+) -> Iterator[tuple[Record, Example]]:
+    """The records that fit, with their ids; the others are counted in `skipped`, by reason.
+
+    Raises the first BadRecord unless bad ones are to be skipped.
+    """
+    for record in records:
+        try:
+            yield record, prompts.example(record)
+        except BadRecord as bad:
+            if on_bad_record == "error":
+                raise
+            skipped[bad.reason] += 1

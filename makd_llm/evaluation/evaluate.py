@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm.data.batch import Batch
-from makd_llm.data.prompt import PromptBuilder
+from makd_llm.data.prompt import PromptBuilder, usable_examples
 from makd_llm.data.records import RecordList, describe_skipped
-from makd_llm.data.schema import BadRecord, Example, Record
+from makd_llm.data.schema import Example, OnBadRecord, Record
 from makd_llm.errors import UserError
 from makd_llm.evaluation import rouge
 from makd_llm.evaluation.baselines import lead_k
@@ -51,11 +51,11 @@ class Evaluation:
         settings: Settings,
         perplexity_records: int | None,
         rouge_records: int | None,
-        on_bad_record: str,
+        on_bad_record: OnBadRecord,
     ) -> None:
         self.prompts, self.tokenizer, self.sizes = prompts, tokenizer, settings
         self.skipped: Counter[str] = Counter(records.skipped)
-        usable = self._usable(records, on_bad_record)
+        usable = list(usable_examples(prompts, records, on_bad_record, self.skipped))
         self.examples: list[Example] = [example for _, example in usable][:perplexity_records]
         self.records: list[Record] = [record for record, _ in usable][:rouge_records]
         self.texts: dict[str, list[str]] = {}
@@ -64,17 +64,6 @@ class Evaluation:
                 "data.validation_split: no record is usable "
                 f"({describe_skipped(self.skipped) or 'it is empty'}); nothing can be measured"
             )
-
-    def _usable(self, records: RecordList, on_bad_record: str) -> list[tuple[Record, Example]]:
-        usable = []
-        for record in records:
-            try:
-                usable.append((record, self.prompts.example(record)))
-            except BadRecord as bad:
-                if on_bad_record == "error":
-                    raise
-                self.skipped[bad.reason] += 1
-        return usable
 
     def rouge_of(self, name: str, texts: Sequence[str]) -> dict[str, float]:
         """Mean ROUGE F1 (x 100) of texts for the records; keeps the texts for samples.jsonl."""
