@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## distil the demo's teacher into a low-rank student and prin
 	set -x; $(BIN)/deepspeed --num_accelerators $$ranks train.py --ds ds_configs/zero3.json $(ARGS)
 
 test: $(INSTALLED) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

@@ -17,6 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: otherwise one worker still has them when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 WORDS = [
     "the",
     "cat",

@@ -16,6 +16,8 @@ import torch
 
 from makd_llm.testing import launch_ranks
 
+pytestmark = pytest.mark.slow
+
 FP32_ZERO3: dict[str, Any] = {
     "train_batch_size": 4,
     "train_micro_batch_size_per_gpu": 2,
