@@ -55,12 +55,20 @@ def init() -> None:
         )
     accelerator = get_accelerator()
     accelerator.set_device(local_rank())
-    init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        timeout=COLLECTIVE_TIMEOUT,
-        verbose=False,
-    )
+    # By this variable DeepSpeed learns that all CPU ranks share a machine, and then lays 66 MiB of
+    # shared memory per rank, for a reduction that only tensor-parallel inference uses, and leaves
+    # it in /dev/shm for good. Some hundred runs of it filled a machine's memory.
+    local_size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            timeout=COLLECTIVE_TIMEOUT,
+            verbose=False,
+        )
+    finally:
+        if local_size is not None:
+            os.environ["LOCAL_SIZE"] = local_size
 
 
 def quiet() -> None:

@@ -107,6 +107,16 @@ def test_init_makes_a_group_of_one_for_a_plain_python() -> None:
     assert done.stdout.splitlines()[-1] == "well"
 
 
+@run_on_ranks(2)
+def test_init_leaves_no_shared_memory_behind() -> None:
+    os.environ["LOCAL_SIZE"] = "2"  # as DeepSpeed's launcher sets it
+    distributed.init()
+    distributed.barrier()
+    assert os.environ["LOCAL_SIZE"] == "2"
+    port = os.environ["MASTER_PORT"]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_{distributed.rank()}"))
+
+
 def test_operators_are_compiled_by_the_environments_own_tools(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
