@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -45,10 +45,19 @@ check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
+	$(BIN)/python -m benchmarks.compiled
 
-bench: $(INSTALLED) ## time the operations and write benchmarks/results
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.attention_kl $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.linear_divergence $(ARGS)
+bench: $(INSTALLED) ## time the operations on this CPU and write benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --suite cpu $(ARGS)
+
+# A GPU machine brings its own torch and Triton, so nothing is installed for it.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu: export PYTHONPATH := .:kernels:$(PYTHONPATH)
+gpu: ## on a machine with a CUDA GPU: check the kernels there, then time them
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu: torch sees no CUDA device here" >&2; exit 2; }
+	$(GPU_PYTHON) -m pytest -q tests/makd_kernels
+	@if command -v compute-sanitizer >/dev/null; then set -x; compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -q tests/makd_kernels -k "kernel and padding_on_either_side"; else echo "gpu: no compute-sanitizer here; left out"; fi
+	$(GPU_PYTHON) -m benchmarks.run --suite gpu $(ARGS)
 
 format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""linear_divergence against all logits at once: first the result, then time and memory, in one run.
+"""linear_divergence against all logits at once, and torch.compile of that, in one run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.linear_divergence [--device cuda]
 
@@ -8,24 +8,49 @@ and makes the logits again in the backward. Both compute cross-entropy and diver
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import LINEAR_ACCELERATOR, LINEAR_CPU, LinearCase
-from benchmarks.measure import check, milliseconds, peak_megabytes, publish, relative_error
+from benchmarks.cases import LINEAR_CPU, LINEAR_GPU, LinearCase
+from benchmarks.measure import (
+    RESULTS,
+    Rows,
+    check,
+    measured,
+    print_header,
+    relative_error,
+    say,
+    write,
+)
 from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence,
     linear_cross_entropy_divergence_loss,
 )
 
 CHECKED_TOKENS = 128
-PROVIDERS = {
-    "eager": ("reference", "loss"),
-    "ours": ("torch", "loss"),
-    "ours, rows": ("torch", "rows"),
-}
+EAGER = ("reference", "loss")
+
+
+def providers(device: str) -> dict[str, tuple[str, str]]:
+    """Implementation and output of each provider; "compiled" is the reference, compiled."""
+    found = {
+        "eager": EAGER,
+        "torch.compile": ("compiled", "loss"),
+        "ours, chunks": ("torch", "loss"),
+        "ours, chunks, rows": ("torch", "rows"),
+    }
+    if device == "cuda":
+        found |= {"ours, Triton": ("triton", "loss"), "ours, Triton, rows": ("triton", "rows")}
+    return found
+
+
+@functools.cache
+def _compiled_reference() -> Callable:
+    reference = functools.partial(linear_cross_entropy_divergence_loss, impl="reference")
+    return torch.compile(reference, dynamic=False)
 
 
 def tensors(case: LinearCase, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -48,6 +73,9 @@ def call(given: list[Tensor], how: tuple[str, str], options: dict, mode: str) ->
     hidden_given, head_given, labels, *teacher = given
 
     def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        if impl == "compiled":
+            value: Tensor = _compiled_reference()(hidden, head, labels, *teacher, **options).loss
+            return value
         if output == "loss":
             return linear_cross_entropy_divergence_loss(
                 hidden, head, labels, *teacher, impl=impl, **options
@@ -69,56 +97,59 @@ def call(given: list[Tensor], how: tuple[str, str], options: dict, mode: str) ->
     return {"forward": forward, "full": full}[mode]
 
 
-def errors(case: LinearCase, dtype: torch.dtype, device: str, options: dict) -> dict:
+def _errors(case: LinearCase, dtype: torch.dtype, device: str, options: dict) -> dict:
     """Error of each provider against float64 at the first tokens of the case, in three chunks."""
     given = tensors(case._replace(tokens=min(case.tokens, CHECKED_TOKENS)), dtype, device)
     exact = [t.double() if t.is_floating_point() else t for t in given]
-    truth = call(exact, PROVIDERS["eager"], options, "full")()
+    truth = call(exact, EAGER, options, "full")()
     options = options | {"chunk_bytes": given[0].shape[0] * case.vocab * 2 * dtype.itemsize // 3}
     return {
         name: relative_error(call(given, how, options, "full")(), truth)
-        for name, how in PROVIDERS.items()
+        for name, how in providers(device).items()
     }
 
 
+def run(device: str, repeats: int) -> Rows:
+    """Measure every case."""
+    rows: Rows = []
+    for case in LINEAR_CPU if device == "cpu" else LINEAR_GPU:
+        for dtype in (torch.bfloat16, torch.float32):
+            for divergence in case.divergences:
+                say(f"linear_divergence: {case.name} {dtype} {divergence}")
+                rows += _case(case, dtype, divergence, device, repeats)
+    return rows
+
+
+def _case(case: LinearCase, dtype: torch.dtype, divergence: str, device: str, repeats: int) -> Rows:
+    options = {"divergence": divergence}
+    errors = _errors(case, dtype, device, options)
+    for name in errors:
+        if name.startswith("ours"):
+            check("linear_divergence", name, errors[name], errors["eager"], dtype)
+    given = tensors(case, dtype, device)
+    student = 2 * case.tokens * case.vocab * case.student_size
+    teacher = 2 * case.tokens * case.vocab * case.teacher_size
+    size = sum(t.numel() * t.element_size() for t in given)
+    rows: Rows = []
+    for mode in ("forward", "full"):
+        calls = {n: call(given, how, options, mode) for n, how in providers(device).items()}
+        rows += measured(
+            "linear_divergence", f"{case.name}, {divergence}", case.shape, dtype, mode, calls,
+            errors, flops=teacher + student * (1 if mode == "forward" else 3),
+            traffic=size * (1 if mode == "forward" else 1.5), device=device, repeats=repeats,
+        )  # fmt: skip
+    return rows
+
+
 def main() -> None:
-    """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    device = arguments.device
-    cases = LINEAR_CPU if device == "cpu" else LINEAR_ACCELERATOR
-    rows: list[dict[str, object]] = []
-    for case in cases:
-        for dtype in (torch.bfloat16, torch.float32):
-            for divergence in case.divergences:
-                options = {"divergence": divergence}
-                error = errors(case, dtype, device, options)
-                for name in ("ours", "ours, rows"):
-                    check("linear_divergence", error[name], error["eager"], dtype)
-                given = tensors(case, dtype, device)
-                for mode in ("forward", "full"):
-                    calls = {n: call(given, how, options, mode) for n, how in PROVIDERS.items()}
-                    times = milliseconds(calls, device, arguments.repeats)
-                    for name, (low, median, high) in times.items():
-                        peak = peak_megabytes(calls[name], device)
-                        rows.append(
-                            {
-                                "case": case.name,
-                                "N,V,D,E": ",".join(map(str, case[1:5])),
-                                "dtype": str(dtype).removeprefix("torch."),
-                                "divergence": divergence,
-                                "mode": mode,
-                                "provider": name,
-                                "ms_20": f"{low:.0f}",
-                                "ms_50": f"{median:.0f}",
-                                "ms_80": f"{high:.0f}",
-                                "peak_MB": "" if peak is None else f"{peak:.0f}",
-                                "error_fp64": f"{error[name]:.1e}",
-                            }
-                        )
-                        publish("linear_divergence", device, rows)
+    print_header()
+    rows = run(arguments.device, arguments.repeats)
+    write(rows, RESULTS / f"linear_divergence_{arguments.device}.csv")
 
 
 if __name__ == "__main__":

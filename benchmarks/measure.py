@@ -1,17 +1,121 @@
-"""Time, peak memory and error of a call, and a CSV whose every row says where it was measured."""
+"""Time, memory and error of a call, beside the machine's own ceilings, as rows of one table.
+
+Every row says where it was measured. A provider is timed only after its result was checked against
+float64, and all providers of a case take turns, so that a machine that is now fast and now slow is
+so for all of them.
+"""
 
 import csv
 import ctypes
+import functools
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], Sequence[Tensor]]
+
+
+def measured(
+    op: str,
+    case: str,
+    shape: str,
+    dtype: torch.dtype,
+    mode: str,
+    calls: Mapping[str, Call],
+    errors: Mapping[str, float],
+    *,
+    flops: float,
+    traffic: float,
+    device: str,
+    repeats: int,
+) -> list[dict[str, object]]:
+    """One row for each provider in `calls`.
+
+    `flops` are the useful floating-point operations of the case, the same for every provider: what
+    an implementation computes twice is its own loss. `traffic` is the least that must be read and
+    written, in bytes.
+    """
+    times = milliseconds(calls, device, repeats)
+    rows = []
+    for name, (low, median, high) in times.items():
+        peak, saved = peak_megabytes(calls[name], device), saved_megabytes(calls[name])
+        rate = flops / median / 1e9
+        row: dict[str, object] = {
+            "op": op,
+            "case": case,
+            "shape": shape,
+            "dtype": dtype_name(dtype),
+            "mode": mode,
+            "provider": name,
+            "ms_20": f"{low:.3g}",
+            "ms_50": f"{median:.3g}",
+            "ms_80": f"{high:.3g}",
+            "useful_TFLOP/s": f"{rate:.3g}",
+            "of_matmul_peak": f"{100 * rate / matmul_peak(device, dtype):.1f}%",
+            "GB/s": f"{traffic / median / 1e6:.3g}",
+            "peak_MB": "" if peak is None else f"{peak:.1f}",
+            "saved_MB": "" if mode == "forward" else f"{saved:.1f}",
+            "error_fp64": f"{errors[name]:.1e}",
+        }
+        rows.append(row | where(device))
+        print("  ".join(f"{row[key]!s:>{WIDTHS.get(key, 8)}}" for key in row), flush=True)
+    return rows
+
+
+WIDTHS = {"op": 17, "case": 14, "shape": 18, "provider": 22, "useful_TFLOP/s": 14}
+
+
+def print_header() -> None:
+    """The names of the columns, once, above the rows that `measured` prints."""
+    columns = (
+        "op", "case", "shape", "dtype", "mode", "provider", "ms_20", "ms_50", "ms_80",
+        "useful_TFLOP/s", "of_matmul_peak", "GB/s", "peak_MB", "saved_MB", "error_fp64",
+    )  # fmt: skip
+    print("  ".join(f"{key:>{WIDTHS.get(key, 8)}}" for key in columns), flush=True)
+
+
+def write(rows: Sequence[Mapping[str, object]], target: Path) -> None:
+    """All rows as CSV."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@functools.cache
+def where(device: str) -> dict[str, object]:
+    """The machine, the versions and the commit, for every row."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "device": machine(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version() if device != "cpu" else "",
+        "commit": commit,
+    }
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
 
 
 def machine(device: str) -> str:
@@ -25,25 +129,42 @@ def machine(device: str) -> str:
     return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
 
 
+@functools.cache
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matmul here: the ceiling of everything made of matmuls."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    _, median, _ = milliseconds({"matmul": lambda: [torch.mm(a, b, out=out)]}, device, 10)["matmul"]
+    return 2 * size**3 / median / 1e9
+
+
+@functools.cache
+def copy_rate(device: str) -> float:
+    """GB/s of a large copy here, bytes read and written: the ceiling of what only moves memory."""
+    source = torch.randn(2**24 if device == "cpu" else 2**29, device=device)
+    target = torch.empty_like(source)
+    _, median, _ = milliseconds({"copy": lambda: [target.copy_(source)]}, device, 10)["copy"]
+    return 2 * source.numel() * source.element_size() / median / 1e6
+
+
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], device: str, repeats: int
 ) -> dict[str, tuple[float, float, float]]:
-    """(20 %, median, 80 %) for each call; the calls take turns, so that they share the noise."""
+    """(20 %, median, 80 %) for each call. On a CPU the calls take turns, `repeats` times each."""
+    if device != "cpu":
+        from triton.testing import do_bench
+
+        quantiles = (0.2, 0.5, 0.8)
+        return {name: tuple(do_bench(call, quantiles=quantiles)) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
-            _wait(device)
             start = time.perf_counter()
             call()
-            _wait(device)
             if repeat > 0:  # the first turn warms up
                 spent[name].append(1e3 * (time.perf_counter() - start))
     return {name: _quantiles(times) for name, times in spent.items()}
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -77,7 +198,23 @@ def _status_kilobytes(status: Path, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+def saved_megabytes(call: Callable[[], object]) -> float:
+    """What autograd keeps between forward and backward, leaves and their views not counted."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not base.is_leaf:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values()) / 2**20
+
+
+def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
     """Largest error over all tensors, each relative to the largest entry of its truth."""
     return max(
         float((one.double() - other.double()).abs().max() / other.abs().max().clamp_min(1e-30))
@@ -85,28 +222,20 @@ def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     )
 
 
-def check(op: str, error: float, allowed: float, dtype: torch.dtype) -> None:
+def check(op: str, provider: str, error: float, eager: float, dtype: torch.dtype) -> None:
     """No number without a right result: ours may err 1.3 times as much as eager, plus rounding."""
-    if not error <= 1.3 * allowed + 4 * torch.finfo(dtype).eps:
-        raise SystemExit(f"{op}: error {error:.2e} against eager's {allowed:.2e}; nothing is timed")
+    if not error <= 1.3 * eager + 4 * torch.finfo(dtype).eps:
+        raise SystemExit(f"{op}, {provider}: error {error:.2e}, eager's {eager:.2e}; nothing timed")
 
 
-def publish(op: str, device: str, rows: Sequence[dict[str, object]]) -> None:
-    """Print the last row, and write all rows to results/<op>_<device>.csv.
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
-    Called after every row: the large cases take long, and what is measured stays.
-    """
-    where: dict[str, object] = {
-        "machine": machine(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for cells in (list(rows[-1]), list(rows[-1].values()))[1 if len(rows) > 1 else 0 :]:
-        print("  ".join(f"{cell!s:17}" for cell in cells), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{op}_{device}.csv"
-    with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+
+def say(text: str) -> None:
+    """Progress, beside the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+Rows = list[dict[str, Any]]

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from makd_kernels.dispatch import why_not_triton
+from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import RunConfig
 from makd_llm.errors import UserError
@@ -19,6 +21,9 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
             "distil.objectives.matrix.input=teacher runs matrices a second time, which "
             "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
         )
+    no_triton = why_not_triton(distributed.device().type)
+    if distil.kernels == "triton" and no_triton is not None:
+        raise UserError(f"distil.kernels=triton cannot run here: {no_triton}; set it to auto")
     if data.validation_source is None and Path(data.source).expanduser().is_file():
         raise UserError(
             f"data.source is one file ({data.source}), which would be trained on and evaluated; "

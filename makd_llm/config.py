@@ -141,8 +141,13 @@ class CrossEntropyConfig(ObjectiveConfig):
 class LogitsConfig(ObjectiveConfig):
     """Model level: divergence of next-token distributions, times temperature squared."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"
+    ] = "forward_kl"
     beta: Fraction = 0.5
+    """Of the mixture in jsd: 0 is the forward KL, 1 the reverse KL."""
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Of the mixture in the skewed KLs: 0 is the plain KL."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
 
 
@@ -167,7 +172,11 @@ class AttentionConfig(ObjectiveConfig):
     """Layer level: divergence of attention distributions, mean over heads."""
 
     layers: Layers = "deep"
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "probability_mse", "logit_mse"] = (
+        "forward_kl"
+    )
+    beta: Fraction = 0.5
+    """Of the mixture in jsd: 0 is the forward KL, 1 the reverse KL."""
 
 
 class HiddenConfig(ObjectiveConfig):
@@ -225,7 +234,8 @@ class DistilConfig(Section):
     weights: Literal["fixed", "balanced"] = "fixed"
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    kernels: Literal["auto", "reference", "torch"] = "auto"
+    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """What computes attention_kl and the head's losses; auto takes Triton on a GPU."""
     train: TrainConfig = TrainConfig()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from makd_kernels.attention_kl import choose_impl
 from makd_llm import distributed
 from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge, write_model
 from makd_llm.checkpoint.folder import read_config
@@ -221,9 +222,8 @@ class Run:
         objectives = build_objectives(
             self.config.distil, family_of(config), config.num_hidden_layers
         )
-        self.tell(
-            f"objectives: {', '.join(objectives.names)}; kernels: {self.config.distil.kernels}"
-        )
+        kernels = choose_impl(self.config.distil.kernels, distributed.device().type)
+        self.tell(f"objectives: {', '.join(objectives.names)}; kernels: {kernels}")
         self._train(
             "distil",
             factorized,

@@ -13,6 +13,12 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+# Triton reads it when it is imported. Without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The same examples in every run; and a busy machine is no failure.
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
@@ -51,7 +57,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with teacher/ (a random Llama with grouped heads and tied embeddings), train.jsonl
     and validation.jsonl.
     """
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -12,10 +12,15 @@ from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence_loss,
     linear_divergence,
 )
+from makd_kernels.lowrank_linear import lowrank_linear, lowrank_linear_packed
+from makd_kernels.lowrank_swiglu import lowrank_swiglu
 
 __all__ = [
     "attention_kl",
     "linear_cross_entropy_divergence",
     "linear_cross_entropy_divergence_loss",
     "linear_divergence",
+    "lowrank_linear",
+    "lowrank_linear_packed",
+    "lowrank_swiglu",
 ]

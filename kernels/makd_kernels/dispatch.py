@@ -1,16 +1,33 @@
 """The one place where the word given as `impl` becomes an implementation. Nothing falls back."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+import importlib.util
+import os
+from collections.abc import Sequence
 
-T = TypeVar("T")
 
+def choose(impl: str, implementations: Sequence[str], device: str) -> str:
+    """The name behind `impl` for tensors on a device of type `device` ("cpu", "cuda", ...).
 
-def choose(impl: str, implementations: Mapping[str, T], auto: str) -> str:
-    """The name behind `impl`: itself, or `auto` for "auto". ValueError names the known ones."""
+    "auto" takes "triton" where it is among the implementations and can run, and "torch" otherwise.
+    ValueError names the known ones; RuntimeError says why "triton" cannot run.
+    """
     if impl == "auto":
-        return auto
+        runs = "triton" in implementations and why_not_triton(device) is None
+        return "triton" if runs and device != "cpu" else "torch"
     if impl not in implementations:
         known = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r} is not known; choose one of: {known}")
+    if impl == "triton":
+        reason = why_not_triton(device)
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='torch' runs anywhere")
     return impl
+
+
+def why_not_triton(device: str) -> str | None:
+    """Why Triton's kernels cannot run on this type of device, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device!r}, and Triton compiles for GPUs ('cuda')"
+    return None

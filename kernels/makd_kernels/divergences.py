@@ -8,14 +8,21 @@ at any logit scale, and identical inputs give exactly 0: both sides then run the
 Everything happens in place on small tiles: on a CPU the cost is memory passes and page faults, not
 arithmetic.
 
-| divergence   | value                       | gradient with respect to s           |
-|--------------|-----------------------------|--------------------------------------|
-| forward_kl   | KL(p||q)                    | q - p                                |
-| reverse_kl   | KL(q||p)                    | q [(log q - log p) - KL(q||p)]       |
-| jsd (beta)   | b KL(p||m) + (1-b) KL(q||m) | (1-b) q [log(q/m) - KL(q||m)]        |
+| divergence      | value                       | gradient with respect to s              |
+|-----------------|-----------------------------|-----------------------------------------|
+| forward_kl      | KL(p||q)                    | q - p                                   |
+| reverse_kl      | KL(q||p)                    | q [f - E_q(f)], f = log q - log p       |
+| jsd             | b KL(p||m) + (1-b) KL(q||m) | q [f - E_q(f)], f = (1-b) log(q/m)      |
+| skew_forward_kl | KL(p||m)                    | q [f - E_q(f)], f = -(1-a) p/m          |
+| skew_reverse_kl | KL(q||m)                    | q [f - E_q(f)], f = log(q/m) - a q/m    |
+| tvd             | sum |p - q| / 2             | q [f - E_q(f)], f = sign(q - p) / 2     |
+| probability_mse | sum (p - q)^2               | q [f - E_q(f)], f = 2 (q - p)           |
+| logit_mse       | sum (t - s)^2               | 2 (s - t)                               |
 
-with m = b p + (1-b) q. As in TRL, jsd at b = 0 *is* the forward KL and at b = 1 the reverse KL (the
-limits of jsd / (b (1-b)); the formula itself would give 0 there).
+E_q is the mean under q; m is b p + (1-b) q for jsd, a p + (1-a) q and (1-a) p + a q for the skewed
+forward and reverse KL. As in TRL, jsd at b = 0 *is* the forward KL and at b = 1 the reverse KL (the
+limits of jsd / (b (1-b)); the formula itself would give 0 there). The squared errors are summed
+over the row: a mean over keys would weigh a query by how many keys it sees.
 """
 
 # V the row's length (vocabulary or keys); "..." any leading dimensions; row statistics have V = 1
@@ -66,6 +73,15 @@ def exponentials(
     return Rows(logits, exp, exp.sum(-1, keepdim=True).clamp_min_(1.0))
 
 
+def visible_logits(
+    logits: Tensor, exp: Tensor, visible: Callable[[Tensor], None] | None = None
+) -> Rows:
+    """Rows for `logit_mse`: `logits` in place with hidden entries 0; `exp` is only room."""
+    if visible is not None:
+        visible(logits)
+    return Rows(logits, exp, logits[..., :1])
+
+
 def forward_kl(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
     """KL(p||q) as (..., 1) if `value`; with `weights` the gradient overwrites `s.exp`.
 
@@ -105,15 +121,12 @@ def reverse_kl(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor
 def jsd(beta: float) -> Formula:
     """Generalised Jensen-Shannon divergence: beta KL(p||m) + (1-beta) KL(q||m), 0 < beta < 1.
 
-    With r = log p - log q and u = log1p(c expm1(-|r|)), where c is 1-beta for r > 0 and beta
-    otherwise, log(m/q) = max(r, 0) + u and log(m/p) = max(-r, 0) + u: no overflow at any r, and
-    full precision near r = 0. Source: Agarwal et al. 2024 (GKD); this form is ours.
+    Source: Agarwal et al. 2024 (GKD); the form that neither overflows nor cancels is ours.
     """
 
     def formula(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
-        ratio = t.logits.sub_(s.logits).sub_(t.sum.log() - s.sum.log())
-        mixed = ratio.abs().neg_().expm1_()
-        mixed.mul_((ratio > 0).to(ratio.dtype).mul_(1.0 - 2.0 * beta).add_(beta)).log1p_()
+        ratio = _log_ratio(t, s)
+        mixed = _log_mixture(ratio, beta)
         over_q = ratio.clamp_min(0.0).add_(mixed)  # log(m/q)
         kl_q = (over_q * s.exp).sum(-1, keepdim=True).div_(s.sum).neg_()
         result = None
@@ -132,16 +145,136 @@ def jsd(beta: float) -> Formula:
     return formula
 
 
-DIVERGENCES: dict[str, Callable[[float], Formula]] = {
-    "forward_kl": lambda beta: forward_kl,
-    "reverse_kl": lambda beta: reverse_kl,
-    "jsd": lambda beta: {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or jsd(beta),
+def skew_forward_kl(alpha: float) -> Formula:
+    """KL(p||m) with m = alpha p + (1-alpha) q, 0 < alpha < 1. Source: Ko et al. 2024 (DistiLLM)."""
+
+    def formula(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
+        ratio = _log_ratio(t, s)
+        mixed = _log_mixture(ratio, alpha)
+        over_p = ratio.neg_().clamp_min_(0.0).add_(mixed)  # log(m/p)
+        result = None
+        if value:
+            result = t.exp.mul_(over_p).sum(-1, keepdim=True).div_(t.sum).neg_().clamp_min_(0.0)
+        if weights is not None:
+            _through_softmax(over_p.neg_().exp_().mul_(alpha - 1.0), s, weights, t.exp)
+        return result
+
+    return formula
+
+
+def skew_reverse_kl(alpha: float) -> Formula:
+    """KL(q||m) with m = (1-alpha) p + alpha q, 0 < alpha < 1. Source: Ko et al. 2024 (DistiLLM)."""
+
+    def formula(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
+        ratio = _log_ratio(t, s)
+        mixed = _log_mixture(ratio, 1.0 - alpha)
+        over_q = ratio.clamp_min_(0.0).add_(mixed).neg_()  # log(q/m)
+        result = None
+        if value:
+            product = torch.mul(over_q, s.exp, out=t.exp)
+            result = product.sum(-1, keepdim=True).div_(s.sum).clamp_min_(0.0)
+        if weights is not None:
+            share = torch.exp(over_q, out=mixed)  # q/m
+            _through_softmax(over_q.sub_(share, alpha=alpha), s, weights, t.exp)
+        return result
+
+    return formula
+
+
+def tvd(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
+    """Total variation distance: half the sum of |p - q|. Overwrites the teacher's rows."""
+    gap = _probability_gap(t, s)
+    result = None
+    if value:
+        result = torch.abs(gap, out=t.logits).sum(-1, keepdim=True).mul_(0.5)
+    if weights is not None:
+        _through_softmax(gap.sign_().mul_(0.5), s, weights, t.logits)
+    return result
+
+
+def probability_mse(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
+    """Squared error of the probabilities, summed over the row. Overwrites the teacher's rows."""
+    gap = _probability_gap(t, s)
+    result = None
+    if value:
+        result = torch.mul(gap, gap, out=t.logits).sum(-1, keepdim=True)
+    if weights is not None:
+        _through_softmax(gap.mul_(2.0), s, weights, t.logits)
+    return result
+
+
+def logit_mse(t: Rows, s: Rows, weights: Weights | None, value: bool) -> Tensor | None:
+    """Squared error of the logits themselves, summed over the row (TinyBERT, up to the mean).
+
+    Takes rows from `visible_logits`, not from `exponentials`. Overwrites the student's logits.
+    """
+    gap = s.logits.sub_(t.logits)
+    result = None
+    if value:
+        result = torch.mul(gap, gap, out=t.exp).sum(-1, keepdim=True)
+    if weights is not None:
+        assert weights.student is None, "without a softmax there is no q to weigh"
+        torch.mul(gap, weights.divergence * 2.0, out=s.exp)
+    return result
+
+
+def _log_ratio(t: Rows, s: Rows) -> Tensor:
+    """log p - log q, in the place of the teacher's logits."""
+    return t.logits.sub_(s.logits).sub_(t.sum.log() - s.sum.log())
+
+
+def _log_mixture(ratio: Tensor, share: float) -> Tensor:
+    """u with log(m/q) = max(r, 0) + u and log(m/p) = max(-r, 0) + u, for m = share p + (1-share) q.
+
+    u = log1p(c expm1(-|r|)), where r is `ratio` and c the share of the smaller of p and q: no
+    overflow at any r, full precision near r = 0. Source: ours.
+    """
+    mixed = ratio.abs().neg_().expm1_()
+    of_smaller = (ratio > 0).to(ratio.dtype).mul_(1.0 - 2.0 * share).add_(share)
+    return mixed.mul_(of_smaller).log1p_()
+
+
+def _probability_gap(t: Rows, s: Rows) -> Tensor:
+    """q - p, in the place of the student's logits; the teacher's exponentials are lost."""
+    return torch.div(s.exp, s.sum, out=s.logits).sub_(t.exp.div_(t.sum))
+
+
+def _through_softmax(of_q: Tensor, s: Rows, weights: Weights, free: Tensor) -> None:
+    """The gradient q [f - E_q(f)] of anything whose derivative by q is f = `of_q`, into `s.exp`.
+
+    `of_q` and `free`, a tensor of its shape, are overwritten.
+    """
+    mean = torch.mul(of_q, s.exp, out=free).sum(-1, keepdim=True).div_(s.sum)
+    scale = weights.divergence / s.sum
+    shift = mean.mul_(scale).neg_()
+    if weights.student is not None:
+        shift.add_(weights.student / s.sum)
+    s.exp.mul_(of_q.mul_(scale).add_(shift))
+
+
+# Each takes beta (of the mixture in jsd) and alpha (of the skewed ones); at their ends these *are*
+# the plain divergences.
+DIVERGENCES: dict[str, Callable[[float, float], Formula]] = {
+    "forward_kl": lambda beta, alpha: forward_kl,
+    "reverse_kl": lambda beta, alpha: reverse_kl,
+    "jsd": lambda beta, alpha: {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or jsd(beta),
+    "skew_forward_kl": lambda beta, alpha: skew_forward_kl(alpha) if alpha else forward_kl,
+    "skew_reverse_kl": lambda beta, alpha: skew_reverse_kl(alpha) if alpha else reverse_kl,
+    "tvd": lambda beta, alpha: tvd,
+    "probability_mse": lambda beta, alpha: probability_mse,
+    "logit_mse": lambda beta, alpha: logit_mse,
 }
 
 
-def check_divergence(name: str, known: Iterable[str], beta: float = 0.5) -> None:
-    """ValueError unless `name` is among `known` and `beta` lies in [0, 1]."""
+def check_divergence(
+    name: str, known: Iterable[str], beta: float = 0.5, alpha: float = 0.1
+) -> None:
+    """ValueError unless `name` is `known`, `beta` lies in [0, 1] and `alpha` in [0, 1)."""
     if name not in known:
         raise ValueError(f"divergence={name!r} is not known; choose one of: {', '.join(known)}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta={beta} is outside [0, 1]; 0 is the forward KL, 1 the reverse KL")
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(
+            f"alpha={alpha} is outside [0, 1); 0 is the plain KL, at 1 nothing is left"
+        )

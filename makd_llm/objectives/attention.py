@@ -17,10 +17,10 @@ def attention_divergence(
     attention_mask_BT: Tensor | None,
     *,
     divergence: str = "forward_kl",
+    beta: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence in nats per query, mean over heads. Returns (B, T) fp32, 0 where the query is
-    padding.
+    """`attention_kl` per query, mean over heads. Returns (B, T) fp32, 0 where the query is padding.
 
     Raises ValueError where teacher and student see windows of different length (their distributions
     would be over different keys).
@@ -39,6 +39,7 @@ def attention_divergence(
         window=student.window,
         attention_mask_BT=attention_mask_BT,
         divergence=divergence,
+        beta=beta,
         impl=impl,
     )
     return divergence_BHT.mean(dim=1)

@@ -31,6 +31,7 @@ class ModelLevel:
     logits: float
     divergence: str = "forward_kl"
     beta: float = 0.5
+    alpha: float = 0.1
     temperature: float = 1.0
     impl: str = "auto"
 
@@ -139,6 +140,7 @@ class Objectives:
                 divergence_weight=scale * level.logits,
                 divergence=level.divergence,
                 beta=level.beta,
+                alpha=level.alpha,
                 temperature=level.temperature,
                 impl=level.impl,
             )

@@ -72,7 +72,12 @@ def hidden_term(layers: Sequence[int], *, weight: float, normalize: Normalize = 
 
 
 def attention_term(
-    layers: Sequence[int], *, weight: float, divergence: str = "forward_kl", impl: str = "auto"
+    layers: Sequence[int],
+    *,
+    weight: float,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    impl: str = "auto",
 ) -> Term:
     """L_attn: divergence of attention distributions, mean over heads and the given layers. Source:
     MaKD, reconstruction.
@@ -86,6 +91,7 @@ def attention_term(
                     teacher.attention[i],
                     mask_BT,
                     divergence=divergence,
+                    beta=beta,
                     impl=impl,
                 )
                 for i in layers

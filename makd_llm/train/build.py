@@ -100,6 +100,7 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
             layers,
             weight=asked.attention.weight,
             divergence=asked.attention.divergence,
+            beta=asked.attention.beta,
             impl=distil.kernels,
         )
     if asked.hidden.weight > 0 and (
@@ -114,6 +115,7 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
         logits=logits.weight,
         divergence=logits.divergence,
         beta=logits.beta,
+        alpha=logits.alpha,
         temperature=logits.temperature,
         impl=distil.kernels,
     )

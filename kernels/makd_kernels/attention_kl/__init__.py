@@ -12,28 +12,27 @@ each block of queries makes its scores, is reduced, and is forgotten; the backwa
 
 # B batch, H query heads, G key heads (H % G == 0), T tokens, D head size, P head pairs
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from makd_kernels.attention_kl.blockwise import attention_kl_blockwise
+from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
+from makd_kernels.attention_kl.settings import DIVERGENCES, LARGEST_HEAD, Settings
 from makd_kernels.dispatch import choose
 from makd_kernels.divergences import check_divergence
 
-DIVERGENCES = ("forward_kl", "reverse_kl")
-
-# each takes (q_teacher, k_teacher, q_student, k_student) with as many teacher as student heads
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": attention_kl_reference,
-    "torch": attention_kl_blockwise,
-}
+IMPLEMENTATIONS = ("reference", "torch", "triton")
 
 
-def choose_impl(impl: str = "auto") -> str:
-    """The implementation that `impl` names; "auto" is "torch". ValueError if it is unknown."""
-    return choose(impl, IMPLEMENTATIONS, auto="torch")
+def choose_impl(impl: str = "auto", device: str = "cpu") -> str:
+    """The implementation that `impl` names on a device of type `device`.
+
+    "auto" is "triton" on an NVIDIA or AMD GPU where Triton is installed, and "torch" elsewhere.
+    ValueError if it is unknown; RuntimeError if "triton" is asked for and cannot run there.
+    """
+    return choose(impl, IMPLEMENTATIONS, device)
 
 
 def attention_kl(
@@ -49,9 +48,10 @@ def attention_kl(
     attention_mask_BT: Tensor | None = None,
     head_map: Sequence[Sequence[int]] | None = None,
     divergence: str = "forward_kl",
+    beta: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence in nats of the student's attention from the teacher's, one per head and query.
+    """Divergence of the student's attention from the teacher's, one per head and query.
 
     Teacher and student share B and T and may differ in head count, key heads and head size.
 
@@ -64,8 +64,15 @@ def attention_kl(
         attention_mask_BT: 1 (or True) for a real token, 0 for padding, on either side.
         head_map: `head_map[h]` lists the teacher heads that student head h learns from; their
             divergences are averaged. None is the identity and needs equal head counts.
-        divergence: "forward_kl" is KL(teacher || student), "reverse_kl" KL(student || teacher).
-        impl: "auto", "reference" (holds the maps; for checks) or "torch" (bounded memory).
+        divergence: "forward_kl" is KL(teacher || student), "reverse_kl" KL(student || teacher),
+            "jsd" beta KL(teacher || m) + (1-beta) KL(student || m) with m = beta teacher +
+            (1-beta) student, all in nats; "probability_mse" and "logit_mse" are the squared error
+            of the attention probabilities and of the scaled scores, summed over the keys that the
+            query sees.
+        beta: for "jsd"; exactly the forward KL at 0 and the reverse KL at 1, as in TRL.
+        impl: "torch" (any device), "triton" (fused kernels on a GPU), "reference" (holds the maps;
+            for checks), or "auto": Triton on a GPU unless an input is float64 or a head is larger
+            than 256, torch otherwise.
 
     Returns:
         (B, H of the student, T) in fp32, or float64 where an input is float64; exactly 0 where the
@@ -74,10 +81,16 @@ def attention_kl(
     Raises:
         ValueError: shapes that do not fit, a teacher tensor that requires grad, head counts that
             differ without a head_map, a window without causal, an unknown divergence or impl.
+        RuntimeError: impl="triton" where Triton cannot run.
     """
-    chosen = IMPLEMENTATIONS[choose_impl(impl)]
-    check_divergence(divergence, DIVERGENCES)
+    check_divergence(divergence, DIVERGENCES, beta)
     _check_shapes(q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD)
+    chosen = choose_impl(impl, q_student_BHTD.device.type)
+    unfit = _unfit_for_triton(q_teacher_BHTD, q_student_BHTD)
+    if chosen == "triton" and unfit is not None:
+        if impl == "triton":
+            raise ValueError(f"impl='triton' {unfit}; impl='torch' takes it")
+        chosen = "torch"
     _check_mask(q_student_BHTD, attention_mask_BT, causal, window)
     if torch.is_grad_enabled() and (q_teacher_BHTD.requires_grad or k_teacher_BGTD.requires_grad):
         raise ValueError("a teacher tensor requires grad, but the teacher never gets one; detach()")
@@ -86,10 +99,9 @@ def attention_kl(
     if scale_student is None:
         scale_student = q_student_BHTD.shape[-1] ** -0.5
 
-    def over_heads(q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
-        scales = (float(scale_teacher), float(scale_student))
-        return chosen(q_t, k_t, q_s, k_s, scales, causal, window, attention_mask_BT, divergence)
-
+    settings = Settings(
+        float(scale_teacher), float(scale_student), causal, window, divergence, float(beta)
+    )
     teacher_heads, student_heads = q_teacher_BHTD.shape[1], q_student_BHTD.shape[1]
     if head_map is None:
         if teacher_heads != student_heads:
@@ -97,27 +109,58 @@ def attention_kl(
                 f"head counts differ: teacher {teacher_heads}, student {student_heads}; pass "
                 "head_map, the list of teacher heads for each student head"
             )
-        return over_heads(q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD)
-
+        head_map = [[head] for head in range(student_heads)]
     _check_head_map(head_map, teacher_heads, student_heads)
-    pairs = [(h, other) for h, others in enumerate(head_map) for other in others]
-    device = q_student_BHTD.device
-    student_P = torch.tensor([h for h, _ in pairs], device=device)
-    teacher_P = torch.tensor([other for _, other in pairs], device=device)
-    per_pair_BPT = over_heads(
-        *_take_heads(q_teacher_BHTD, k_teacher_BGTD, teacher_P),
-        *_take_heads(q_student_BHTD, k_student_BGTD, student_P),
-    )
-    share_P1 = torch.tensor([[1.0 / len(head_map[h])] for h, _ in pairs], device=device)
-    batch, _, tokens = per_pair_BPT.shape
-    mean_BHT = per_pair_BPT.new_zeros(batch, student_heads, tokens)
-    return mean_BHT.index_add(1, student_P, per_pair_BPT * share_P1.to(per_pair_BPT.dtype))
+    counts = [len(others) for others in head_map]
+    teacher_P = [other for others in head_map for other in others]
+    teacher_side = (q_teacher_BHTD.detach(), k_teacher_BGTD.detach())
+    student_side = (q_student_BHTD, k_student_BGTD)
+    if chosen == "triton":
+        values_BHT: Tensor = attention_kl_op(
+            *teacher_side, *student_side, attention_mask_BT, teacher_P, counts, *settings, chosen
+        )[0]
+        return values_BHT
+    if teacher_P != list(range(teacher_heads)) or counts != [1] * student_heads:
+        student_P = [head for head, count in enumerate(counts) for _ in range(count)]
+        teacher_side = _take_heads(*teacher_side, teacher_P)
+        student_side = _take_heads(*student_side, student_P)
+    per_pair_BPT = _equal_heads(*teacher_side, *student_side, attention_mask_BT, settings, chosen)
+    if max(counts) == 1:
+        return per_pair_BPT
+    return torch.stack([part.mean(1) for part in per_pair_BPT.split(counts, dim=1)], dim=1)
 
 
-def _take_heads(q_BHTD: Tensor, k_BGTD: Tensor, heads_P: Tensor) -> tuple[Tensor, Tensor]:
+def _equal_heads(
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    q_student: Tensor,
+    k_student: Tensor,
+    attention_mask_BT: Tensor | None,
+    settings: Settings,
+    impl: str,
+) -> Tensor:
+    """One divergence per head and query, where every student head has the teacher's beside it."""
+    tensors = (q_teacher, k_teacher, q_student, k_student, attention_mask_BT)
+    if impl == "reference":
+        return attention_kl_reference(*tensors, settings)
+    heads = list(range(q_student.shape[1]))
+    values_BHT: Tensor = attention_kl_op(*tensors, heads, [1] * len(heads), *settings, impl)[0]
+    return values_BHT
+
+
+def _take_heads(q_BHTD: Tensor, k_BGTD: Tensor, heads_P: list[int]) -> tuple[Tensor, Tensor]:
     """The queries of `heads_P` and, one for each, the keys that they attend to."""
     group = q_BHTD.shape[1] // k_BGTD.shape[1]
-    return q_BHTD[:, heads_P], k_BGTD[:, heads_P // group]
+    return q_BHTD[:, heads_P], k_BGTD[:, [head // group for head in heads_P]]
+
+
+def _unfit_for_triton(q_teacher: Tensor, q_student: Tensor) -> str | None:
+    if torch.float64 in (q_teacher.dtype, q_student.dtype):
+        return "computes in fp32, and an input is float64"
+    size = max(q_teacher.shape[3], q_student.shape[3])
+    if size > LARGEST_HEAD:
+        return f"has tiles for head sizes up to {LARGEST_HEAD}, and one is {size}"
+    return None
 
 
 def _check_shapes(

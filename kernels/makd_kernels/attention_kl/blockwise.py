@@ -14,15 +14,21 @@ eager attention does; sums over query blocks are kept in fp32.
 # T tokens, Q queries of a block, K keys of a slab, M = Q x R rows of a slab, D head size
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from makd_kernels.divergences import DIVERGENCES, Formula, Rows, Weights, exponentials
+from makd_kernels.attention_kl.settings import HIDDEN, Settings
+from makd_kernels.divergences import (
+    DIVERGENCES,
+    Formula,
+    Rows,
+    Weights,
+    exponentials,
+    visible_logits,
+)
 
-HIDDEN = -1e30  # finite: the difference of two hidden scores is 0, never NaN
 SLAB_ELEMENTS_CPU = 2**19  # per thread: four fp32 buffers of it, 8 MiB, stay in the last cache
 SLAB_ELEMENTS_OTHER = 2**25
 SHORTEST_BLOCK, LONGEST_BLOCK = 32, 64  # queries; short blocks skip more of the causal half
@@ -87,73 +93,42 @@ class _Visibility:
         return _Mask(columns, factor, (factor - 1.0) * -HIDDEN)
 
 
-def attention_kl_blockwise(
+def values(
     q_teacher_BHTD: Tensor,
     k_teacher_BGTD: Tensor,
     q_student_BHTD: Tensor,
     k_student_BGTD: Tensor,
-    scales: tuple[float, float],
-    causal: bool,
-    window: int | None,
     attention_mask_BT: Tensor | None,
-    divergence: str,
+    settings: Settings,
 ) -> Tensor:
     """(B, H, T) divergence per query; both sides have H heads. See `attention_kl`."""
-    if k_teacher_BGTD.shape[1] != k_student_BGTD.shape[1]:
-        # other groupings of the same heads: one key head for each, O(H x T x D)
-        k_teacher_BGTD = _one_key_per_head(q_teacher_BHTD, k_teacher_BGTD)
-        k_student_BGTD = _one_key_per_head(q_student_BHTD, k_student_BGTD)
-    on_cpu = (
-        q_student_BHTD.device.type == "cpu"
-    )  # elsewhere a look at the mask waits for the device
-    if attention_mask_BT is not None and on_cpu and attention_mask_BT.all():
-        attention_mask_BT = None
-    values: Tensor = _AttentionKL.apply(
-        q_teacher_BHTD.detach(),
-        k_teacher_BGTD.detach(),
-        q_student_BHTD,
-        k_student_BGTD,
-        attention_mask_BT,
-        scales,
-        causal,
-        window,
-        divergence,
+    return _Sweep(
+        q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD, attention_mask_BT, settings
+    ).values()
+
+
+def gradients(
+    q_teacher_BHTD: Tensor,
+    k_teacher_BGTD: Tensor,
+    q_student_BHTD: Tensor,
+    k_student_BGTD: Tensor,
+    attention_mask_BT: Tensor | None,
+    settings: Settings,
+    grad_BHT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
+    sweep = _Sweep(
+        q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD, attention_mask_BT, settings
     )
-    return values
+    dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT)
+    shared = dk_BHTD.shape[1] // k_student_BGTD.shape[1]
+    if shared > 1:  # the keys were repeated
+        dk_BHTD = dk_BHTD.unflatten(1, (-1, shared)).sum(2)
+    return dq_BHTD, dk_BHTD
 
 
 def _one_key_per_head(q_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
     return k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
-
-
-class _AttentionKL(torch.autograd.Function):
-    """Saves its inputs only; the backward makes every slab's scores again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_teacher: Tensor,
-        k_teacher: Tensor,
-        q_student: Tensor,
-        k_student: Tensor,
-        mask: Tensor | None,
-        scales: tuple[float, float],
-        causal: bool,
-        window: int | None,
-        divergence: str,
-    ) -> Tensor:
-        tensors = (q_teacher, k_teacher, q_student, k_student, mask)
-        ctx.save_for_backward(*tensors)
-        ctx.settings = (scales, causal, window, divergence)
-        return _Sweep(*tensors, *ctx.settings).values()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BHT: Tensor) -> tuple[Tensor | None, ...]:
-        sweep = _Sweep(*ctx.saved_tensors, *ctx.settings)
-        dq_BHTD, dk_BGTD = sweep.gradients(grad_BHT)
-        teacher = mask = settings = None
-        return teacher, teacher, dq_BHTD, dk_BGTD, mask, settings, settings, settings, settings
 
 
 class _Sweep:
@@ -166,27 +141,32 @@ class _Sweep:
         q_student: Tensor,
         k_student: Tensor,
         mask_BT: Tensor | None,
-        scales: tuple[float, float],
-        causal: bool,
-        window: int | None,
-        divergence: str,
+        settings: Settings,
     ) -> None:
-        self.formula: Formula = DIVERGENCES[divergence](0.0)
+        self.formula: Formula = DIVERGENCES[settings.divergence](settings.beta, 0.0)
+        self.softmax = settings.divergence != "logit_mse"
+        if k_teacher.shape[1] != k_student.shape[1]:
+            # other groupings of the same heads: one key head for each, O(H x T x D)
+            k_teacher = _one_key_per_head(q_teacher, k_teacher)
+            k_student = _one_key_per_head(q_student, k_student)
+        on_cpu = q_student.device.type == "cpu"  # elsewhere a look at the mask waits for it
+        if mask_BT is not None and on_cpu and mask_BT.all():
+            mask_BT = None
         self.shape_BGRTD = (
             q_student.shape[0],
             k_student.shape[1],
             q_student.shape[1] // k_student.shape[1],
             *q_student.shape[2:],
         )
-        self.teacher = _grouped(q_teacher, k_teacher, scales[0])
-        self.student = _grouped(q_student, k_student, scales[1])
+        self.teacher = _grouped(q_teacher, k_teacher, settings.scale_teacher)
+        self.student = _grouped(q_student, k_student, settings.scale_student)
         dtype = torch.promote_types(q_teacher.dtype, q_student.dtype)
         self.dtype = torch.promote_types(dtype, torch.float32)
         mask_nT = None
         if mask_BT is not None:
             mask_nT = mask_BT.to(self.dtype).repeat_interleave(k_student.shape[1], dim=0)
         like = q_student.new_empty(0, dtype=self.dtype)
-        self.visibility = _Visibility(causal, window, mask_nT, like)
+        self.visibility = _Visibility(settings.causal, settings.window, mask_nT, like)
         self.block, self.instances = self._slab_size()
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -231,24 +211,28 @@ class _Sweep:
                 dk_nKD.add_(torch.bmm(ds_nMK.mT, q_nMD))
         dq_BGTRD = dq_nTRD.view(batch, groups, tokens, shared, size)
         dq_BHTD = dq_BGTRD.transpose(2, 3).reshape(batch, groups * shared, tokens, size)
-        return dq_BHTD, dk_nTD.to(k_nTD.dtype).view(batch, groups, tokens, size)
+        dk_BGTD = dk_nTD.to(k_nTD.dtype).view(batch, groups, tokens, size)
+        return dq_BHTD.contiguous(), dk_BGTD
 
     def _rows(self, slab: _Slab) -> tuple[Rows, Rows]:
         """Both sides' centred scores and exponentials, (n, Q, R, K), hidden keys at exactly 0."""
         t = self._scores(self.teacher, slab, "t")
         s = self._scores(self.student, slab, "s")
         masks = self.visibility.masks(slab)
-        for columns, _, bias in masks:
-            t[..., columns].add_(bias)
-            s[..., columns].add_(bias)
 
-        def hide(exp: Tensor) -> None:
+        def hide(rows: Tensor) -> None:
             for columns, factor, _ in masks:
-                exp[..., columns].mul_(factor)
+                rows[..., columns].mul_(factor)
 
+        make_rows = visible_logits
+        if self.softmax:
+            make_rows = exponentials
+            for columns, _, bias in masks:
+                t[..., columns].add_(bias)
+                s[..., columns].add_(bias)
         return (
-            exponentials(t, self._buffer("exp t", t.shape, self.dtype), hide),
-            exponentials(s, self._buffer("exp s", s.shape, self.dtype), hide),
+            make_rows(t, self._buffer("exp t", t.shape, self.dtype), hide),
+            make_rows(s, self._buffer("exp s", s.shape, self.dtype), hide),
         )
 
     def _scores(self, side: _Side, slab: _Slab, name: str) -> Tensor:

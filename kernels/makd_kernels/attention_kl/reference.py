@@ -5,26 +5,11 @@ Works in any float dtype (float64 for checks) and is differentiated by autograd.
 
 # B batch, H query heads, G key heads, T tokens (queries first, keys second), D head size
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p||q) over the last dimension."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q||p) over the last dimension."""
-    return forward_kl(log_q, log_p)
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-}
+from makd_kernels.attention_kl.settings import HIDDEN, Settings
+from makd_kernels.plain import DIVERGENCES
 
 
 def visible_keys(
@@ -50,27 +35,27 @@ def attention_kl_reference(
     k_teacher_BGTD: Tensor,
     q_student_BHTD: Tensor,
     k_student_BGTD: Tensor,
-    scales: tuple[float, float],
-    causal: bool,
-    window: int | None,
     attention_mask_BT: Tensor | None,
-    divergence: str,
+    settings: Settings,
 ) -> Tensor:
     """(B, H, T) divergence per query; both sides have H heads. See `attention_kl`."""
     tokens, device = q_student_BHTD.shape[2], q_student_BHTD.device
-    visible = visible_keys(tokens, causal, window, attention_mask_BT, device)
+    visible = visible_keys(tokens, settings.causal, settings.window, attention_mask_BT, device)
     dtype = torch.promote_types(q_teacher_BHTD.dtype, q_student_BHTD.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
 
-    def log_attention(q_BHTD: Tensor, k_BGTD: Tensor, scale: float) -> Tensor:
+    def scores(q_BHTD: Tensor, k_BGTD: Tensor, scale: float) -> Tensor:
         k_BHTD = k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
-        scores_BHTT = (q_BHTD @ k_BHTD.mT).to(dtype) * scale
-        # finite, so that a row without visible keys stays free of NaN; it is zeroed below
-        return scores_BHTT.masked_fill(~visible, -1e30).log_softmax(-1)
+        return (q_BHTD @ k_BHTD.mT).to(dtype) * scale
 
-    log_p_BHTT = log_attention(q_teacher_BHTD, k_teacher_BGTD, scales[0])
-    log_q_BHTT = log_attention(q_student_BHTD, k_student_BGTD, scales[1])
-    per_query_BHT = DIVERGENCES[divergence](log_p_BHTT, log_q_BHTT)
+    t_BHTT = scores(q_teacher_BHTD, k_teacher_BGTD, settings.scale_teacher)
+    s_BHTT = scores(q_student_BHTD, k_student_BGTD, settings.scale_student)
+    if settings.divergence == "logit_mse":
+        per_query_BHT = (t_BHTT - s_BHTT).masked_fill(~visible, 0.0).square().sum(-1)
+    else:
+        # hidden scores are finite: a row without visible keys stays free of NaN and is zeroed below
+        log_p, log_q = (x.masked_fill(~visible, HIDDEN).log_softmax(-1) for x in (t_BHTT, s_BHTT))
+        per_query_BHT = DIVERGENCES[settings.divergence](log_p, log_q, settings.beta, 0.0)
     counted_BHT = visible.any(-1)
     if attention_mask_BT is not None:
         counted_BHT = counted_BHT & attention_mask_BT.bool()[:, None]

@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from makd_kernels.dispatch import choose
-from makd_kernels.divergences import DIVERGENCES, check_divergence
-from makd_kernels.linear_divergence import blockwise, reference
-from makd_kernels.linear_divergence.settings import IGNORED_LABEL, Settings
+from makd_kernels.divergences import check_divergence
+from makd_kernels.linear_divergence import reference
+from makd_kernels.linear_divergence.op import linear_loss_op, linear_rows_op
+from makd_kernels.linear_divergence.settings import DIVERGENCES, IGNORED_LABEL, Settings
 
-IMPLEMENTATIONS = {
-    "reference": (reference.rows, reference.loss),
-    "torch": (blockwise.rows, blockwise.loss),
-}
+IMPLEMENTATIONS = ("reference", "torch", "triton")
 
 
 class LinearLoss(NamedTuple):
@@ -41,9 +39,13 @@ class LinearLoss(NamedTuple):
     divergence_N: Tensor | None
 
 
-def choose_impl(impl: str = "auto") -> str:
-    """The implementation that `impl` names; "auto" is "torch". ValueError if it is unknown."""
-    return choose(impl, IMPLEMENTATIONS, auto="torch")
+def choose_impl(impl: str = "auto", device: str = "cpu") -> str:
+    """The implementation that `impl` names on a device of type `device`.
+
+    "auto" is "triton" on a GPU where Triton is installed, and "torch" elsewhere. ValueError if it
+    is unknown; RuntimeError if "triton" is asked for and cannot run there.
+    """
+    return choose(impl, IMPLEMENTATIONS, device)
 
 
 def linear_divergence(
@@ -54,25 +56,33 @@ def linear_divergence(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
     temperature: float = 1.0,
     weight_N: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence in nats of the student's next-token distribution from the teacher's, per token.
+    """Divergence of the student's next-token distribution from the teacher's, per token.
+
+    With p the teacher's distribution and q the student's, in nats: "forward_kl" KL(p||q),
+    "reverse_kl" KL(q||p), "jsd" beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q;
+    DistiLLM's "skew_forward_kl" KL(p || alpha p + (1-alpha) q) and "skew_reverse_kl"
+    KL(q || (1-alpha) p + alpha q); and "tvd", the total variation distance.
 
     Args:
         student_ND, teacher_NE: hidden states before the heads; the sizes D and E may differ.
         student_head_VD, teacher_head_VE: weights of the last linear layers.
-        divergence: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), "jsd"
-            beta KL(teacher || m) + (1-beta) KL(student || m), m = beta teacher + (1-beta) student.
+        divergence: one of the names above.
         beta: for "jsd"; exactly the forward KL at 0 and the reverse KL at 1, as in TRL.
+        alpha: for the skewed ones; exactly the plain KL at 0, and below 1.
         temperature: divides both sides' logits; the result is multiplied by its square.
         weight_N: factor on each token's value; it gets no gradient.
         vocab_size: real vocabulary; later rows of either head are padding and count as -inf logits.
         chunk_bytes: memory for the logits of one chunk; None is 128 MiB on CPU, 1 GiB elsewhere.
-        impl: "auto", "reference" (holds all logits; for checks) or "torch" (chunks).
+        impl: "torch" (chunks, reduced tile by tile; any device), "triton" (chunks, reduced by one
+            kernel; a GPU), "reference" (holds all logits; for checks), or "auto": Triton on a GPU
+            unless an input is float64, torch otherwise.
 
     Returns:
         (N,) in fp32, or float64 where an input is float64. Gradients reach the student's side only.
@@ -87,11 +97,11 @@ def linear_divergence(
         None,
         teacher_NE,
         teacher_head_VE,
-        Settings(divergence, beta, temperature, vocab_size, chunk_bytes),
+        Settings(divergence, beta, alpha, temperature, vocab_size, chunk_bytes),
         weight_N,
     )
-    rows, _ = IMPLEMENTATIONS[choose_impl(impl)]
-    _, divergence_N = rows(student_ND, student_head_VD, None, teacher_NE, teacher_head_VE, settings)
+    inputs = (student_ND, student_head_VD, None, teacher_NE, teacher_head_VE)
+    _, divergence_N = _rows(inputs, settings, impl)
     assert divergence_N is not None, "there is a teacher"
     return divergence_N if weight_N is None else divergence_N * weight_N.to(divergence_N.dtype)
 
@@ -105,6 +115,7 @@ def linear_cross_entropy_divergence(
     *,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
     temperature: float = 1.0,
     weight_N: Tensor | None = None,
     vocab_size: int | None = None,
@@ -129,13 +140,11 @@ def linear_cross_entropy_divergence(
         labels_N,
         teacher_NE,
         teacher_head_VE,
-        Settings(divergence, beta, temperature, vocab_size, chunk_bytes),
+        Settings(divergence, beta, alpha, temperature, vocab_size, chunk_bytes),
         weight_N,
     )
-    rows, _ = IMPLEMENTATIONS[choose_impl(impl)]
-    cross_entropy_N, divergence_N = rows(
-        student_ND, student_head_VD, labels_N, teacher_NE, teacher_head_VE, settings
-    )
+    inputs = (student_ND, student_head_VD, labels_N, teacher_NE, teacher_head_VE)
+    cross_entropy_N, divergence_N = _rows(inputs, settings, impl)
     if weight_N is not None:
         weight_N = weight_N.to(cross_entropy_N.dtype)
         cross_entropy_N = cross_entropy_N * weight_N
@@ -155,6 +164,7 @@ def linear_cross_entropy_divergence_loss(
     weight_N: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
@@ -181,23 +191,62 @@ def linear_cross_entropy_divergence_loss(
         labels_N,
         teacher_NE,
         teacher_head_VE,
-        Settings(divergence, beta, temperature, vocab_size, chunk_bytes),
+        Settings(divergence, beta, alpha, temperature, vocab_size, chunk_bytes),
         weight_N,
     )
-    _, loss = IMPLEMENTATIONS[choose_impl(impl)]
-    weights = (float(cross_entropy_weight), float(divergence_weight))
-    return LinearLoss(
-        *loss(
-            student_ND,
-            student_head_VD,
-            labels_N,
-            teacher_NE,
-            teacher_head_VE,
-            weights,
-            None if weight_N is None else weight_N.detach(),
-            settings,
-        )
+    chosen = _chosen(student_ND, teacher_NE, impl)
+    shares = (float(cross_entropy_weight), float(divergence_weight))
+    weight_N = None if weight_N is None else weight_N.detach()
+    inputs = (student_ND, student_head_VD, labels_N, teacher_NE, teacher_head_VE)
+    if chosen == "reference":
+        return LinearLoss(*reference.loss(*inputs, shares, weight_N, settings))
+    grad_enabled = torch.is_grad_enabled()
+    loss, cross_entropy_N, divergence_N, *_ = linear_loss_op(
+        *_without_teacher_graph(inputs),
+        weight_N,
+        *shares,
+        *settings,
+        chosen,
+        grad_enabled and student_ND.requires_grad,
+        grad_enabled and student_head_VD.requires_grad,
     )
+    return LinearLoss(loss, cross_entropy_N, None if teacher_NE is None else divergence_N)
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _rows(inputs: _Tensors, settings: Settings, impl: str) -> tuple[Tensor, Tensor | None]:
+    """(cross_entropy_N, divergence_N); the second is None without a teacher."""
+    chosen = _chosen(inputs[0], inputs[3], impl)
+    if chosen == "reference":
+        return reference.rows(*inputs, settings)
+    cross_entropy_N, divergence_N = linear_rows_op(
+        *_without_teacher_graph(inputs), *settings, chosen
+    )
+    return cross_entropy_N, None if inputs[3] is None else divergence_N
+
+
+def _chosen(student_ND: Tensor, teacher_NE: Tensor | None, impl: str) -> str:
+    chosen = choose_impl(impl, student_ND.device.type)
+    double = torch.float64 in (
+        student_ND.dtype,
+        student_ND.dtype if teacher_NE is None else teacher_NE.dtype,
+    )
+    if chosen == "triton" and double:
+        if impl == "triton":
+            raise ValueError(
+                "impl='triton' computes in fp32, and an input is float64; impl='torch' takes it"
+            )
+        return "torch"
+    return chosen
+
+
+def _without_teacher_graph(inputs: _Tensors) -> _Tensors:
+    student_ND, student_head_VD, labels_N, teacher_NE, teacher_head_VE = inputs
+    if teacher_NE is None or teacher_head_VE is None:
+        return inputs
+    return student_ND, student_head_VD, labels_N, teacher_NE.detach(), teacher_head_VE.detach()
 
 
 def _settings(
@@ -210,7 +259,7 @@ def _settings(
     weight_N: Tensor | None,
 ) -> Settings:
     """Check all arguments; returns the settings with the vocabulary size filled in."""
-    check_divergence(settings.divergence, DIVERGENCES, settings.beta)
+    check_divergence(settings.divergence, DIVERGENCES, settings.beta, settings.alpha)
     if settings.temperature <= 0:
         raise ValueError(f"temperature={settings.temperature} must be positive")
     if (teacher_NE is None) != (teacher_head_VE is None):
@@ -237,7 +286,9 @@ def _settings(
     for name, tensor in (("labels_N", labels_N), ("weight_N", weight_N)):
         if tensor is not None and tensor.shape != (tokens,):
             raise ValueError(f"{name} is {tuple(tensor.shape)}; it must be ({tokens},)")
-    if labels_N is not None and labels_N.device.type == "cpu":  # elsewhere it would wait for a copy
+    # a look at the labels waits for a device's copy, and breaks a compiled graph
+    looks = labels_N is not None and labels_N.device.type == "cpu"
+    if labels_N is not None and looks and not torch.compiler.is_compiling():
         outside = (labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab))
         if outside.any():
             raise ValueError(

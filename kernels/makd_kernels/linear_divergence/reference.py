@@ -5,41 +5,12 @@ Works in any float dtype (float64 for checks) and is differentiated by autograd.
 
 # N tokens, D and E hidden sizes of student and teacher, V vocabulary
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from makd_kernels.linear_divergence.settings import IGNORED_LABEL, Settings
-
-
-def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """KL(p||q) over the last dimension."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """KL(q||p) over the last dimension."""
-    return forward_kl(log_q, log_p, beta)
-
-
-def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """beta KL(p||m) + (1-beta) KL(q||m); the forward KL at beta 0, the reverse KL at beta 1."""
-    if beta == 0.0:
-        return forward_kl(log_p, log_q, beta)
-    if beta == 1.0:
-        return reverse_kl(log_p, log_q, beta)
-    share_p, share_q = (log_p.new_tensor(share).log() for share in (beta, 1.0 - beta))
-    log_m = torch.logaddexp(log_p + share_p, log_q + share_q)
-    return beta * forward_kl(log_p, log_m, beta) + (1.0 - beta) * forward_kl(log_q, log_m, beta)
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-}
+from makd_kernels.plain import DIVERGENCES
 
 
 def rows(
@@ -65,7 +36,8 @@ def rows(
     teacher_logits_NV = (teacher_NE @ teacher_head_VE[: settings.vocab_size].T).to(dtype)
     log_p_NV = (teacher_logits_NV / settings.temperature).log_softmax(-1)
     log_q_NV = (logits_NV / settings.temperature).log_softmax(-1)
-    divergence_N = DIVERGENCES[settings.divergence](log_p_NV, log_q_NV, settings.beta)
+    divergence = DIVERGENCES[settings.divergence]
+    divergence_N = divergence(log_p_NV, log_q_NV, settings.beta, settings.alpha)
     return cross_entropy_N, divergence_N * settings.temperature**2
 
 

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from makd_kernels.divergences import DIVERGENCES, Rows, Weights, exponentials
-from makd_kernels.linear_divergence.settings import IGNORED_LABEL, Settings
+from makd_kernels.linear_divergence.settings import IGNORED_LABEL, RowWeights, Settings
 
 TILE_BYTES_CPU = 2**20  # of one buffer, per thread; a tile has four
 TILE_BYTES_OTHER = 2**27
-
-
-class RowWeights(NamedTuple):
-    """The gradient that flows into each row's cross-entropy and divergence."""
-
-    cross_entropy_N: Tensor
-    divergence_N: Tensor
 
 
 class _Labels(NamedTuple):
@@ -48,7 +41,7 @@ class Tile:
         if teacher_NE is not None:
             dtype = torch.promote_types(dtype, teacher_NE.dtype)
         self.temperature = settings.temperature
-        self.formula = DIVERGENCES[settings.divergence](settings.beta)
+        self.formula = DIVERGENCES[settings.divergence](settings.beta, settings.alpha)
         self.tile_rows = _tile_rows(vocab, dtype, student_ND.device)
 
         zeros_N = torch.zeros(student_ND.shape[0], dtype=dtype, device=student_ND.device)

@@ -1,0 +1,201 @@
+"""The host side of the Triton kernels: which sweeps a divergence takes, on which grid and tiles.
+
+Tile sizes are a table, not an autotuner's finding: a choice that depends on timing may differ from
+one process to the next, and with it the order of a sum.
+"""
+
+# B batch, H student heads, G their key heads, P pairs of heads, T tokens, D head size
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from makd_kernels.attention_kl import kernel
+from makd_kernels.attention_kl.settings import Settings, statistics_of
+from makd_kernels.launching import INTERPRETED, Tiles, device_ints, padded_size
+
+CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "probability_mse": 3, "logit_mse": 4}
+
+# By kernel, then by the padded head size (the larger of both sides) up to which the tiles serve.
+# Not measured yet: the largest that spill nothing when compiled for sm_90 (`benchmarks.compiled`).
+TILES: dict[str, dict[int, Tiles]] = {
+    "kl": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 4, 2)},
+    "values": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2)},
+    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 8, 2)},
+    "dq jsd": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 16, 8, 2), 256: Tiles(64, 16, 8, 2)},
+    "dk": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
+}
+_FORWARD_FP32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}
+_BACKWARD_FP32 = _FORWARD_FP32 | {128: Tiles(16, 32, 4, 1)}
+TILES_FP32: dict[str, dict[int, Tiles]] = {
+    "kl": _FORWARD_FP32,
+    "values": _FORWARD_FP32,
+    "dq": _BACKWARD_FP32,
+    "dk": _BACKWARD_FP32,
+}
+
+
+def tiles(name: str, divergence: str, size: int, dtype: torch.dtype) -> Tiles:
+    """Tile sizes of a kernel for this divergence, padded head size and dtype."""
+    if INTERPRETED:
+        return Tiles(16, 16, 1, 1)
+    table = TILES.get(f"{name} {divergence}", TILES[name])
+    if dtype == torch.float32:
+        table = TILES_FP32[name]
+    return next(found for limit, found in table.items() if size <= limit)
+
+
+class Call:
+    """One set of queries and keys, laid out for the kernels."""
+
+    def __init__(
+        self,
+        q_teacher_BHTD: Tensor,
+        k_teacher_BGTD: Tensor,
+        q_student_BHTD: Tensor,
+        k_student_BGTD: Tensor,
+        attention_mask_BT: Tensor | None,
+        pair_teacher: list[int],
+        pair_counts: list[int],
+        settings: Settings,
+    ) -> None:
+        self.settings = settings
+        self.teacher = (q_teacher_BHTD, k_teacher_BGTD)
+        self.student = (q_student_BHTD, k_student_BGTD)
+        self.batch, self.heads, self.tokens, _ = q_student_BHTD.shape
+        device = q_student_BHTD.device
+        self.pairs, self.counts = len(pair_teacher), pair_counts
+        heads = [head for head, count in enumerate(pair_counts) for _ in range(count)]
+        starts = [0, *itertools.accumulate(pair_counts)]
+        self.head_t_P, self.head_s_P, self.first_pair_H = (
+            device_ints(tuple(numbers), device) for numbers in (pair_teacher, heads, starts)
+        )
+        self.real_keys_BT = None
+        if attention_mask_BT is not None:
+            self.real_keys_BT = (attention_mask_BT != 0).contiguous()
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """((B, H, T) divergences, (statistics, B, P, T) for the backward)."""
+        divergence = self.settings.divergence
+        shape = (self.batch, self.pairs, self.tokens)
+        device = self.student[0].device
+        values_BPT = torch.empty(shape, dtype=torch.float32, device=device)
+        count = statistics_of(divergence)
+        statistics = torch.empty((count, *shape), dtype=torch.float32, device=device)
+        if divergence != "logit_mse":
+            self._kl(values_BPT, statistics, teacher_first=divergence != "reverse_kl")
+        if not divergence.endswith("_kl"):
+            self._values(values_BPT, statistics)
+        return self._mean_over_pairs(values_BPT), statistics
+
+    def gradients(self, grad_BHT: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's (dq_BHTD, dk_BGTD)."""
+        gradient_BPT = self._per_pair(grad_BHT)
+        q_BHTD, k_BGTD = self.student
+        dq_BHTD = torch.empty(q_BHTD.shape, dtype=q_BHTD.dtype, device=q_BHTD.device)
+        dk_BGTD = torch.empty(k_BGTD.shape, dtype=k_BGTD.dtype, device=k_BGTD.device)
+        statistics = statistics if statistics.numel() else gradient_BPT
+        given = (*self.teacher, *self.student, self._mask(), self.head_t_P)
+        scales = (self.settings.scale_teacher, self.settings.scale_student, self.settings.beta)
+        tile = self._tiles("dq")
+        grid = (triton.cdiv(self.tokens, tile.m) * self.batch * self.heads,)
+        kernel._dq_kernel[grid](
+            *given, self.first_pair_H, statistics, gradient_BPT, dq_BHTD,
+            *self._strides(), self.tokens, self.heads, self.pairs, gradient_BPT.numel(), *scales,
+            **self._constants(), **tile.options(),
+        )  # fmt: skip
+        tile = self._tiles("dk")
+        key_heads = k_BGTD.shape[1]
+        grid = (triton.cdiv(self.tokens, tile.n) * self.batch * key_heads,)
+        kernel._dk_kernel[grid](
+            *given, self.head_s_P, self.first_pair_H, statistics, gradient_BPT, dk_BGTD,
+            *self._strides(), self.tokens, key_heads, self.pairs, gradient_BPT.numel(), *scales,
+            **self._constants(), **tile.options(),
+        )  # fmt: skip
+        return dq_BHTD, dk_BGTD
+
+    def _kl(self, values_BPT: Tensor, statistics: Tensor, teacher_first: bool) -> None:
+        """Fill in KL(first || second) and the statistics of both sides."""
+        sides = [
+            (*self.teacher, self.head_t_P, self.settings.scale_teacher),
+            (*self.student, self.head_s_P, self.settings.scale_student),
+        ]
+        first, second = sides if teacher_first else reversed(sides)
+        q_1, k_1, heads_1, scale_1 = first
+        q_2, k_2, heads_2, scale_2 = second
+        tile = self._tiles("kl")
+        kernel._kl_kernel[self._pair_grid(tile)](
+            q_1, k_1, q_2, k_2, self._mask(), heads_1, heads_2, values_BPT, statistics,
+            *q_1.stride(), *k_1.stride(), *q_2.stride(), *k_2.stride(),
+            self.tokens, self.pairs, values_BPT.numel(), scale_1, scale_2,
+            GROUP_1=q_1.shape[1] // k_1.shape[1], GROUP_2=q_2.shape[1] // k_2.shape[1],
+            SIZE_1=q_1.shape[3], SIZE_2=q_2.shape[3],
+            PADDED_1=padded_size(q_1.shape[3]), PADDED_2=padded_size(q_2.shape[3]),
+            TEACHER_FIRST=teacher_first, **self._visibility(), **tile.options(),
+        )  # fmt: skip
+
+    def _values(self, values_BPT: Tensor, statistics: Tensor) -> None:
+        """Fill in the values and the divergence's own statistic."""
+        tile = self._tiles("values")
+        kernel._values_kernel[self._pair_grid(tile)](
+            *self.teacher, *self.student, self._mask(), self.head_t_P, self.head_s_P,
+            values_BPT, statistics if statistics.numel() else values_BPT,
+            *self._strides(), self.tokens, self.pairs, values_BPT.numel(),
+            self.settings.scale_teacher, self.settings.scale_student, self.settings.beta,
+            **self._constants(), **tile.options(),
+        )  # fmt: skip
+
+    def _pair_grid(self, tile: Tiles) -> tuple[int]:
+        return (triton.cdiv(self.tokens, tile.m) * self.batch * self.pairs,)
+
+    def _tiles(self, name: str) -> Tiles:
+        tensors = (self.teacher[0], self.student[0])
+        size = max(padded_size(tensor.shape[3]) for tensor in tensors)
+        full = torch.float32 in (tensor.dtype for tensor in tensors)
+        dtype = torch.float32 if full else tensors[0].dtype
+        return tiles(name, self.settings.divergence, size, dtype)
+
+    def _mask(self) -> Tensor:
+        return self.teacher[0] if self.real_keys_BT is None else self.real_keys_BT
+
+    def _strides(self) -> tuple[int, ...]:
+        return tuple(s for tensor in (*self.teacher, *self.student) for s in tensor.stride())
+
+    def _visibility(self) -> dict[str, Any]:
+        return {
+            "CAUSAL": self.settings.causal,
+            "WINDOW": self.settings.window or 0,
+            "MASKED": self.real_keys_BT is not None,
+        }
+
+    def _constants(self) -> dict[str, Any]:
+        (q_t, k_t), (q_s, k_s) = self.teacher, self.student
+        return {
+            "GROUP_T": q_t.shape[1] // k_t.shape[1],
+            "GROUP_S": q_s.shape[1] // k_s.shape[1],
+            "SIZE_T": q_t.shape[3],
+            "SIZE_S": q_s.shape[3],
+            "PADDED_T": padded_size(q_t.shape[3]),
+            "PADDED_S": padded_size(q_s.shape[3]),
+            "DIVERGENCE": CODES[self.settings.divergence],
+            **self._visibility(),
+        }
+
+    def _mean_over_pairs(self, values_BPT: Tensor) -> Tensor:
+        if max(self.counts) == 1:
+            return values_BPT
+        return torch.stack([part.mean(1) for part in values_BPT.split(self.counts, dim=1)], dim=1)
+
+    def _per_pair(self, grad_BHT: Tensor) -> Tensor:
+        """The gradient of every pair's value, 0 at queries that are padding."""
+        gradient_BHT = grad_BHT.float()
+        if self.real_keys_BT is not None:
+            gradient_BHT = gradient_BHT * self.real_keys_BT[:, None]
+        if max(self.counts) > 1:
+            shares = [count for count in self.counts for _ in range(count)]
+            share_P1 = torch.tensor(shares, device=gradient_BHT.device)[:, None]
+            gradient_BHT = gradient_BHT[:, self.head_s_P] / share_P1
+        return gradient_BHT.contiguous()

@@ -1,0 +1,125 @@
+"""The attention divergence as an operator that torch knows: autograd, fake tensors, torch.compile.
+
+`torch.ops.makd_kernels.attention_kl` returns the values and what its backward needs; the backward
+is an operator too. Both run what `impl` names, and Triton is imported only there.
+"""
+
+# B batch, H student heads, P pairs of heads, T tokens, D head size
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from makd_kernels.attention_kl import blockwise
+from makd_kernels.attention_kl.settings import Settings, statistics_of
+
+
+@torch.library.custom_op("makd_kernels::attention_kl", mutates_args=())
+def attention_kl_op(
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    q_student: Tensor,
+    k_student: Tensor,
+    mask: Tensor | None,
+    pair_teacher: list[int],
+    pair_counts: list[int],
+    scale_teacher: float,
+    scale_student: float,
+    causal: bool,
+    window: int | None,
+    divergence: str,
+    beta: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """((B, H, T) divergences, (statistics, B, P, T) for the backward)."""
+    settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
+    tensors = (q_teacher, k_teacher, q_student, k_student, mask)
+    if impl == "torch":
+        values = blockwise.values(*tensors, settings)
+        return values, values.new_empty(0)
+    from makd_kernels.attention_kl.launch import Call
+
+    return Call(*tensors, pair_teacher, pair_counts, settings).values()
+
+
+@attention_kl_op.register_fake
+def _(
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    q_student: Tensor,
+    k_student: Tensor,
+    mask: Tensor | None,
+    pair_teacher: list[int],
+    pair_counts: list[int],
+    scale_teacher: float,
+    scale_student: float,
+    causal: bool,
+    window: int | None,
+    divergence: str,
+    beta: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = q_student.shape
+    dtype = torch.promote_types(q_teacher.dtype, q_student.dtype)
+    values = q_student.new_empty(
+        (batch, heads, tokens), dtype=torch.promote_types(dtype, torch.float32)
+    )
+    if impl == "torch":
+        return values, values.new_empty(0)
+    return values, values.new_empty(statistics_of(divergence), batch, len(pair_teacher), tokens)
+
+
+@torch.library.custom_op("makd_kernels::attention_kl_backward", mutates_args=())
+def attention_kl_backward_op(
+    grad: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    q_student: Tensor,
+    k_student: Tensor,
+    mask: Tensor | None,
+    statistics: Tensor,
+    pair_teacher: list[int],
+    pair_counts: list[int],
+    scale_teacher: float,
+    scale_student: float,
+    causal: bool,
+    window: int | None,
+    divergence: str,
+    beta: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The student's (dq_BHTD, dk_BGTD), contiguous, for the gradient `grad` of the values."""
+    settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
+    tensors = (q_teacher, k_teacher, q_student, k_student, mask)
+    if impl == "torch":
+        return blockwise.gradients(*tensors, settings, grad)
+    from makd_kernels.attention_kl.launch import Call
+
+    return Call(*tensors, pair_teacher, pair_counts, settings).gradients(grad, statistics)
+
+
+@attention_kl_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    q_student: Tensor,
+    k_student: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return q_student.new_empty(q_student.shape), k_student.new_empty(k_student.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.options = inputs[5:]
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    dq, dk = attention_kl_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    teacher = mask = None
+    return (teacher, teacher, dq, dk, mask, *(None for _ in ctx.options))
+
+
+attention_kl_op.register_autograd(_backward, setup_context=_setup_context)

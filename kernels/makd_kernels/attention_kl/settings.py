@@ -1,0 +1,27 @@
+"""What the implementations of the attention divergence agree on."""
+
+from typing import NamedTuple
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "probability_mse", "logit_mse")
+
+LARGEST_HEAD = 256  # of the Triton kernels
+HIDDEN = -1e30  # finite: the difference of two hidden scores is 0, never NaN
+
+
+class Settings(NamedTuple):
+    """The choices of a call that are not tensors."""
+
+    scale_teacher: float
+    scale_student: float
+    causal: bool
+    window: int | None
+    divergence: str
+    beta: float
+
+
+def statistics_of(divergence: str) -> int:
+    """How many numbers the Triton backward needs of each pair's query.
+
+    Maximum and log-sum of the teacher's scores, then of the student's, then the divergence's own.
+    """
+    return {"forward_kl": 4, "logit_mse": 0}.get(divergence, 5)
