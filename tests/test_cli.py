@@ -91,6 +91,16 @@ def test_wrong_teachers_and_folders(
     assert words in ended(capsys, "train", "--ds", ZERO3, run_dir, override.format(tmp=tmp_path))
 
 
+def test_kernels_that_cannot_run_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    overrides = (f"run_dir={tmp_path / 'run'}", "distil.kernels=triton")
+    said = ended(capsys, "train", "--ds", ZERO3, *overrides)
+    assert "distil.kernels=triton cannot run here: the tensors are on 'cpu'" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_that_is_larger_than_the_embedding(
     capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
 ) -> None:

@@ -167,6 +167,21 @@ def test_equals_reference_at_any_shape(
 
 
 @pytest.mark.parametrize("options", DIVERGENCES)
+@pytest.mark.parametrize("gain", [1.0, 10.0, 60.0])
+def test_float64_agrees_with_the_reference(options: dict, gain: float) -> None:
+    """Forward to 1e-12, gradients to 1e-10 of their largest entry, at any scale of the logits."""
+    tensors = problem(gain=gain)
+    ours, reference = (
+        gradients(tensors, rows_scalar(labels(), impl=impl, **options))
+        for impl in ("torch", "reference")
+    )
+    for one, other, allowed in zip(
+        ours, reference, (1e-12, 1e-12, 1e-12, 1e-10, 1e-10), strict=True
+    ):
+        assert (one - other).abs().max() <= allowed * other.abs().max()
+
+
+@pytest.mark.parametrize("options", DIVERGENCES)
 def test_gradient_is_that_of_the_values(options: dict) -> None:
     hidden, head, *teacher = problem(4, 6)
     label_N = labels(4, 6)

@@ -69,9 +69,8 @@ def run(op: str, tensors: tuple[Tensor, ...], **options) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("options", DIVERGENCES, ids=str)
-@pytest.mark.parametrize("op", ["rows", "loss"])
+@pytest.mark.parametrize(("op", "temperature"), [("rows", 1.0), ("loss", 2.0)])
 def test_no_worse_than_eager(
     device: str, op: str, options: dict, temperature: float, dtype: torch.dtype
 ) -> None:

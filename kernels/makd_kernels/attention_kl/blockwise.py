@@ -182,7 +182,8 @@ class _Sweep:
         if self.visibility.mask_nT is not None:
             values_nTR1.mul_(self.visibility.mask_nT[:, :, None, None])
         values_BGTR = values_nTR1.view(batch, groups, tokens, shared)
-        return values_BGTR.transpose(2, 3).reshape(batch, groups * shared, tokens)
+        values_BGRT = values_BGTR.transpose(2, 3).contiguous()
+        return values_BGRT.view(batch, groups * shared, tokens)
 
     def gradients(self, grad_BHT: Tensor) -> tuple[Tensor, Tensor]:
         """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
