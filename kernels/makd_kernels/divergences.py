@@ -252,24 +252,26 @@ def _through_softmax(of_q: Tensor, s: Rows, weights: Weights, free: Tensor) -> N
     s.exp.mul_(of_q.mul_(scale).add_(shift))
 
 
-# Each takes beta (of the mixture in jsd) and alpha (of the skewed ones); at their ends these *are*
-# the plain divergences.
+# each takes beta (of the mixture in jsd) and alpha (of the skewed ones), inside their ranges
 DIVERGENCES: dict[str, Callable[[float, float], Formula]] = {
     "forward_kl": lambda beta, alpha: forward_kl,
     "reverse_kl": lambda beta, alpha: reverse_kl,
-    "jsd": lambda beta, alpha: {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or jsd(beta),
-    "skew_forward_kl": lambda beta, alpha: skew_forward_kl(alpha) if alpha else forward_kl,
-    "skew_reverse_kl": lambda beta, alpha: skew_reverse_kl(alpha) if alpha else reverse_kl,
+    "jsd": lambda beta, alpha: jsd(beta),
+    "skew_forward_kl": lambda beta, alpha: skew_forward_kl(alpha),
+    "skew_reverse_kl": lambda beta, alpha: skew_reverse_kl(alpha),
     "tvd": lambda beta, alpha: tvd,
     "probability_mse": lambda beta, alpha: probability_mse,
     "logit_mse": lambda beta, alpha: logit_mse,
 }
 
 
-def check_divergence(
+def checked_divergence(
     name: str, known: Iterable[str], beta: float = 0.5, alpha: float = 0.1
-) -> None:
-    """ValueError unless `name` is `known`, `beta` lies in [0, 1] and `alpha` in [0, 1)."""
+) -> str:
+    """The divergence that `name` is: at the ends of beta and alpha a mixture is a plain KL.
+
+    ValueError unless `name` is `known`, `beta` lies in [0, 1] and `alpha` in [0, 1).
+    """
     if name not in known:
         raise ValueError(f"divergence={name!r} is not known; choose one of: {', '.join(known)}")
     if not 0.0 <= beta <= 1.0:
@@ -278,3 +280,8 @@ def check_divergence(
         raise ValueError(
             f"alpha={alpha} is outside [0, 1); 0 is the plain KL, at 1 nothing is left"
         )
+    if name == "jsd" and beta in (0.0, 1.0):
+        return "reverse_kl" if beta else "forward_kl"
+    if name.startswith("skew_") and alpha == 0.0:
+        return name.removeprefix("skew_")
+    return name

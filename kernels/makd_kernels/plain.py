@@ -22,9 +22,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float = 0.0, alpha: float = 0
 
 
 def jsd(log_p: Tensor, log_q: Tensor, beta: float, alpha: float = 0.0) -> Tensor:
-    """beta KL(p||m) + (1-beta) KL(q||m); the forward KL at beta 0, the reverse KL at beta 1."""
-    if beta in (0.0, 1.0):
-        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+    """beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q."""
     log_m = _log_mixture(log_p, log_q, beta)
     return beta * forward_kl(log_p, log_m) + (1.0 - beta) * forward_kl(log_q, log_m)
 
@@ -51,8 +49,6 @@ def probability_mse(log_p: Tensor, log_q: Tensor, beta: float = 0.0, alpha: floa
 
 def _log_mixture(log_first: Tensor, log_second: Tensor, share: float) -> Tensor:
     """log of share * first + (1 - share) * second."""
-    if share == 0.0:
-        return log_second
     shares = log_first.new_tensor([share, 1.0 - share]).log()
     return torch.logaddexp(log_first + shares[0], log_second + shares[1])
 

@@ -215,6 +215,17 @@ def test_no_worse_than_eager(divergence: str, dtype: torch.dtype, gain: float) -
     assert (ours[0] >= 0).all()
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_jsd_has_the_plain_divergences_at_its_ends(beta: float) -> None:
+    plain = "reverse_kl" if beta else "forward_kl"
+    for impl in ("torch", "reference"):
+        ends, other = (
+            run(inputs(), inputs(seed=1), impl=impl, **options)
+            for options in ({"divergence": "jsd", "beta": beta}, {"divergence": plain})
+        )
+        assert all(torch.equal(one, two) for one, two in zip(ends, other, strict=True))
+
+
 def test_near_copies_are_never_negative() -> None:
     q, k = inputs(tokens=64, dtype=torch.float32, gain=8)
     for divergence in DIVERGENCES:

@@ -165,6 +165,16 @@ def test_is_deterministic(device: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9, 1.0])
+def test_jsd_has_the_plain_divergences_at_its_ends(device: str, beta: float) -> None:
+    assert_right(inputs(device), inputs(device, seed=1), divergence="jsd", beta=beta)
+
+
+def test_no_tokens_are_no_launch(device: str) -> None:
+    values, dq, dk = run(inputs(device, tokens=0), inputs(device, tokens=0), impl="triton")
+    assert values.shape == (1, 2, 0) and dq.numel() == dk.numel() == 0
+
+
 def test_dtypes_of_the_sides_may_differ(device: str) -> None:
     assert_right(inputs(device, dtype=torch.bfloat16), inputs(device, seed=1), slack=3.0)
 

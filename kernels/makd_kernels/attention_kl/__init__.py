@@ -21,7 +21,7 @@ from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
 from makd_kernels.attention_kl.settings import DIVERGENCES, LARGEST_HEAD, Settings
 from makd_kernels.dispatch import choose
-from makd_kernels.divergences import check_divergence
+from makd_kernels.divergences import checked_divergence
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
@@ -83,7 +83,7 @@ def attention_kl(
             differ without a head_map, a window without causal, an unknown divergence or impl.
         RuntimeError: impl="triton" where Triton cannot run.
     """
-    check_divergence(divergence, DIVERGENCES, beta)
+    divergence = checked_divergence(divergence, DIVERGENCES, beta)
     _check_shapes(q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD)
     chosen = choose_impl(impl, q_student_BHTD.device.type)
     unfit = _unfit_for_triton(q_teacher_BHTD, q_student_BHTD)

@@ -85,6 +85,8 @@ class Call:
         values_BPT = torch.empty(shape, dtype=torch.float32, device=device)
         count = statistics_of(divergence)
         statistics = torch.empty((count, *shape), dtype=torch.float32, device=device)
+        if values_BPT.numel() == 0:
+            return self._mean_over_pairs(values_BPT), statistics
         if divergence != "logit_mse":
             self._kl(values_BPT, statistics, teacher_first=divergence != "reverse_kl")
         if not divergence.endswith("_kl"):
@@ -97,6 +99,8 @@ class Call:
         q_BHTD, k_BGTD = self.student
         dq_BHTD = torch.empty(q_BHTD.shape, dtype=q_BHTD.dtype, device=q_BHTD.device)
         dk_BGTD = torch.empty(k_BGTD.shape, dtype=k_BGTD.dtype, device=k_BGTD.device)
+        if dq_BHTD.numel() == 0:
+            return dq_BHTD, dk_BGTD
         statistics = statistics if statistics.numel() else gradient_BPT
         given = (*self.teacher, *self.student, self._mask(), self.head_t_P)
         scales = (self.settings.scale_teacher, self.settings.scale_student, self.settings.beta)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from makd_kernels.dispatch import choose
-from makd_kernels.divergences import check_divergence
+from makd_kernels.divergences import checked_divergence
 from makd_kernels.linear_divergence import reference
 from makd_kernels.linear_divergence.op import linear_loss_op, linear_rows_op
 from makd_kernels.linear_divergence.settings import DIVERGENCES, IGNORED_LABEL, Settings
@@ -258,8 +258,8 @@ def _settings(
     settings: Settings,
     weight_N: Tensor | None,
 ) -> Settings:
-    """Check all arguments; returns the settings with the vocabulary size filled in."""
-    check_divergence(settings.divergence, DIVERGENCES, settings.beta, settings.alpha)
+    """Check all arguments; returns the settings with plain divergence and vocabulary size."""
+    divergence = checked_divergence(settings.divergence, DIVERGENCES, settings.beta, settings.alpha)
     if settings.temperature <= 0:
         raise ValueError(f"temperature={settings.temperature} must be positive")
     if (teacher_NE is None) != (teacher_head_VE is None):
@@ -294,7 +294,7 @@ def _settings(
             raise ValueError(
                 f"label {int(labels_N[outside][0])} is outside 0..{vocab - 1} and -100"
             )
-    return settings._replace(vocab_size=vocab)
+    return settings._replace(divergence=divergence, vocab_size=vocab)
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor) -> None:

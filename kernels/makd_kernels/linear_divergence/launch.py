@@ -45,7 +45,7 @@ class Rows:
             return
         cross_entropy_n, divergence_n = self.cross_entropy_N[chunk], self.divergence_N[chunk]
         weights = self.weights or RowWeights(self.cross_entropy_N, self.divergence_N)
-        code = self._code(teacher_nV)
+        code = -1 if teacher_nV is None else CODES[self.settings.divergence]
         kernel._rows_kernel[(rows,)](
             student_nV,
             student_nV if teacher_nV is None else teacher_nV,
@@ -67,14 +67,3 @@ class Rows:
             TILE_V=64 if INTERPRETED else LARGEST_TILE,
             num_warps=WARPS,
         )
-
-    def _code(self, teacher_nV: Tensor | None) -> int:
-        """The divergence as the kernel knows it; at their ends some are the plain ones."""
-        settings = self.settings
-        if teacher_nV is None:
-            return -1
-        if settings.divergence == "jsd" and settings.beta in (0.0, 1.0):
-            return CODES["reverse_kl" if settings.beta else "forward_kl"]
-        if settings.alpha == 0.0 and settings.divergence.startswith("skew_"):
-            return CODES[settings.divergence.removeprefix("skew_")]
-        return CODES[settings.divergence]
