@@ -3,12 +3,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.attention_kl [--device cuda]
 
 Eager holds both maps with softmax in fp32. The identity (kernels of the flash kind give KL through
-two extra values: scale_t q_t.O_1 - scale_s q_s.O_2 - L_t + L_s) runs forward only. LinearARD's
-algorithm (arXiv 2604.00004; our writing of it in torch) makes both log-sum-exps, then the values,
-then the gradients, over all tiles also where a causal mask hides them.
+two extra values: scale_t q_t.O_1 - scale_s q_s.O_2 - L_t + L_s) runs forward only, on a GPU.
+LinearARD's algorithm (arXiv 2604.00004; our writing of it in torch) makes both log-sum-exps, then
+the values, then the gradients, over all tiles also where a causal mask hides them.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import ATTENTION_CPU, ATTENTION_GPU, AttentionCase
-from benchmarks.measure import (
-    RESULTS,
-    Rows,
-    check,
-    measured,
-    print_header,
-    relative_error,
-    say,
-    write,
-)
+from benchmarks.measure import Rows, check, command, measured, relative_error, say
 from makd_kernels.attention_kl import attention_kl
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +34,7 @@ def providers(device: str, divergence: str, dtype: torch.dtype, mode: str) -> di
         found["eager, half softmax"] = functools.partial(_half_softmax, divergence)
     found["torch.compile"] = torch.compile(ours("reference"), dynamic=False)
     if divergence == "forward_kl":
-        if mode == "forward":
+        if mode == "forward" and device == "cuda":  # its CPU kernel returns no log-sum-exp
             found["FlexAttention identity"] = _flex_identity
         found["LinearARD's algorithm"] = _LinearARD.apply
     if device == "cuda":
@@ -208,16 +198,5 @@ def _case(
     )  # fmt: skip
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    print_header()
-    rows = run(arguments.device, arguments.repeats)
-    write(rows, RESULTS / f"attention_kl_{arguments.device}.csv")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "attention_kl", run, repeats=7)

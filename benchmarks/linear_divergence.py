@@ -7,7 +7,6 @@ Eager is the op's reference: both logits in full, softmax in fp32, differentiate
 and makes the logits again in the backward. Both compute cross-entropy and divergence.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 
@@ -15,16 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import LINEAR_CPU, LINEAR_GPU, LinearCase
-from benchmarks.measure import (
-    RESULTS,
-    Rows,
-    check,
-    measured,
-    print_header,
-    relative_error,
-    say,
-    write,
-)
+from benchmarks.measure import Rows, check, command, measured, relative_error, say
 from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence,
     linear_cross_entropy_divergence_loss,
@@ -141,16 +131,5 @@ def _case(case: LinearCase, dtype: torch.dtype, divergence: str, device: str, re
     return rows
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    print_header()
-    rows = run(arguments.device, arguments.repeats)
-    write(rows, RESULTS / f"linear_divergence_{arguments.device}.csv")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "linear_divergence", run, repeats=3)

@@ -6,7 +6,6 @@
 is the matrix before it was factored, "torch.compile" the plain way compiled.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 
@@ -15,16 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import LOWRANK_CPU, LOWRANK_GPU, LowRankCase
-from benchmarks.measure import (
-    RESULTS,
-    Rows,
-    check,
-    measured,
-    print_header,
-    relative_error,
-    say,
-    write,
-)
+from benchmarks.measure import Rows, check, command, measured, relative_error, say
 from makd_kernels import lowrank_linear, lowrank_swiglu
 from makd_kernels.lowrank_linear import explain
 
@@ -132,16 +122,5 @@ def _case(
     )  # fmt: skip
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    print_header()
-    rows = run(arguments.device, arguments.repeats)
-    write(rows, RESULTS / f"lowrank_{arguments.device}.csv")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "lowrank", run, repeats=15)

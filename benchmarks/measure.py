@@ -5,6 +5,7 @@ float64, and all providers of a case take turns, so that a machine that is now f
 so for all of them.
 """
 
+import argparse
 import csv
 import ctypes
 import functools
@@ -231,6 +232,16 @@ def check(op: str, provider: str, error: float, eager: float, dtype: torch.dtype
 def dtype_name(dtype: torch.dtype) -> str:
     """bfloat16 for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def command(doc: str | None, op: str, run: Callable[[str, int], "Rows"], *, repeats: int) -> None:
+    """What `python -m benchmarks.<op>` does: measure one operation and write its table."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=repeats)
+    arguments = parser.parse_args()
+    print_header()
+    write(run(arguments.device, arguments.repeats), RESULTS / f"{op}_{arguments.device}.csv")
 
 
 def say(text: str) -> None:
