@@ -52,14 +52,9 @@ def _(
     mask: Tensor | None,
     pair_teacher: list[int],
     pair_counts: list[int],
-    scale_teacher: float,
-    scale_student: float,
-    causal: bool,
-    window: int | None,
-    divergence: str,
-    beta: float,
-    impl: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
+    *choices, impl = options
     batch, heads, tokens, _ = q_student.shape
     dtype = torch.promote_types(q_teacher.dtype, q_student.dtype)
     values = q_student.new_empty(
@@ -67,7 +62,8 @@ def _(
     )
     if impl == "torch":
         return values, values.new_empty(0)
-    return values, values.new_empty(statistics_of(divergence), batch, len(pair_teacher), tokens)
+    count = statistics_of(Settings(*choices).divergence)
+    return values, values.new_empty(count, batch, len(pair_teacher), tokens)
 
 
 @torch.library.custom_op("makd_kernels::attention_kl_backward", mutates_args=())
