@@ -20,10 +20,14 @@ size of the scores, which eager attention is not.
 # B batch, H student heads, P pairs of heads, T tokens, D head size; in the kernels M the queries
 # and N the keys of a tile, "first" and "second" the sides of a KL, t and s teacher and student
 
+import math
+
 import triton
 import triton.language as tl
 
-from makd_kernels.triton_math import HIDDEN, exp, log, log_mixture
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2.0))
+HIDDEN = tl.constexpr(-1e30)
 
 # the divergence inside the kernels
 FORWARD_KL = tl.constexpr(0)
@@ -49,6 +53,18 @@ def _tile(pointer, rows, stride_row, stride_d, tokens, SIZE: tl.constexpr, PADDE
 def _scores(a, b, scale):
     """a @ b^T times `scale` in fp32; fp32 inputs are multiplied as fp32, not as tf32."""
     return tl.dot(a, tl.trans(b), input_precision="ieee") * scale
+
+
+@triton.jit
+def _exp(x):
+    """e^x by the hardware's 2^x."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def _log(x):
+    """ln x by the hardware's log2."""
+    return LN_2 * tl.log2(x)
 
 
 @triton.jit
@@ -101,14 +117,22 @@ def _statistics(statistics, size, at, inside, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def _mixture(log_ratio, beta):
+    """(log(m/q), log(m/p)) for m = beta p + (1-beta) q and `log_ratio` = log(p/q)."""
+    of_smaller = tl.where(log_ratio > 0, 1.0 - beta, beta)
+    mixed = _log(1.0 + of_smaller * (_exp(-tl.abs(log_ratio)) - 1.0))
+    return tl.maximum(log_ratio, 0.0) + mixed, tl.maximum(-log_ratio, 0.0) + mixed
+
+
+@triton.jit
 def _value(t, s, beta, DIVERGENCE: tl.constexpr):
     """A key's share in (the value, the row statistic of the gradient), from log p and log q."""
     if DIVERGENCE == LOGIT_MSE:
         value = (s - t) * (s - t)
         return value, value
-    p, q = exp(t), exp(s)
+    p, q = _exp(t), _exp(s)
     if DIVERGENCE == JSD:
-        over_q, over_p = log_mixture(t - s, beta)
+        over_q, over_p = _mixture(t - s, beta)
         row = -q * over_q
         return (1.0 - beta) * row - beta * p * over_p, row
     return (q - p) * (q - p), 2.0 * q * (q - p)
@@ -122,13 +146,13 @@ def _score_gradient(t, s, gradient, row, beta, DIVERGENCE: tl.constexpr):
     """
     if DIVERGENCE == LOGIT_MSE:
         return 2.0 * gradient * (s - t)
-    p, q = exp(t), exp(s)
+    p, q = _exp(t), _exp(s)
     if DIVERGENCE == FORWARD_KL:
         return gradient * (q - p)
     if DIVERGENCE == REVERSE_KL:
         return gradient * q * ((s - t) - row)
     if DIVERGENCE == JSD:
-        over_q, _ = log_mixture(t - s, beta)
+        over_q, _ = _mixture(t - s, beta)
         return gradient * (beta - 1.0) * q * (over_q + row)
     return gradient * q * (2.0 * (q - p) - row)
 
@@ -188,16 +212,16 @@ def _kl_kernel(
             n_new = tl.maximum(n, tl.max(v, 1))
             u -= m_new[:, None]
             v -= n_new[:, None]
-            exp_u = exp(u)
-            shrink = exp(m - m_new)
+            exp_u = _exp(u)
+            shrink = _exp(m - m_new)
             a = shrink * (a + l_1 * ((m - m_new) - (n - n_new))) + tl.sum(exp_u * (u - v), 1)
             l_1 = shrink * l_1 + tl.sum(exp_u, 1)
-            l_2 = exp(n - n_new) * l_2 + tl.sum(exp(v), 1)
+            l_2 = _exp(n - n_new) * l_2 + tl.sum(_exp(v), 1)
             m = m_new
             n = n_new
 
-    ln_1 = log(l_1)
-    ln_2 = log(l_2)
+    ln_1 = _log(l_1)
+    ln_2 = _log(l_2)
     kl = tl.maximum(a / l_1 - ln_1 + ln_2, 0.0)
     if MASKED:
         kl = tl.where(tl.load(real_keys + rows, mask=rows < tokens, other=0) != 0, kl, 0.0)

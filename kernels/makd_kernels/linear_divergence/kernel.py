@@ -9,10 +9,14 @@ stay two numbers, and the maximum is subtracted before anything is exponentiated
 
 # V vocabulary; t and s are log p and log q of teacher and student
 
+import math
+
 import triton
 import triton.language as tl
 
-from makd_kernels.triton_math import HIDDEN, exp, log, log_mixture
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2.0))
+HIDDEN = tl.constexpr(-1e30)
 
 # the divergence inside the kernels
 NONE = tl.constexpr(-1)
@@ -31,20 +35,41 @@ def _logits(row, columns, inside, outside):
 
 
 @triton.jit
+def _exp(x):
+    """e^x by the hardware's 2^x."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def _log(x):
+    """ln x by the hardware's log2."""
+    return LN_2 * tl.log2(x)
+
+
+@triton.jit
+def _log_mixture(log_ratio, share):
+    """log(m/q) less max(log_ratio, 0), for m = share p + (1 - share) q."""
+    of_smaller = tl.where(log_ratio > 0, 1.0 - share, share)
+    return _log(1.0 + of_smaller * (_exp(-tl.abs(log_ratio)) - 1.0))
+
+
+@triton.jit
 def _parts(t, s, beta, alpha, DIVERGENCE: tl.constexpr):
     """A word's share in the value, and f, for a gradient q [f - E_q(f)]."""
-    p = exp(t)
-    q = exp(s)
+    p = _exp(t)
+    q = _exp(s)
     ratio = t - s
     if DIVERGENCE == JSD:
-        over_q, over_p = log_mixture(ratio, beta)
-        return -beta * p * over_p - (1.0 - beta) * q * over_q, (beta - 1.0) * over_q
+        mixed = _log_mixture(ratio, beta)
+        q_over_m = -(tl.maximum(ratio, 0.0) + mixed)
+        p_over_m = -(tl.maximum(-ratio, 0.0) + mixed)
+        return beta * p * p_over_m + (1.0 - beta) * q * q_over_m, (1.0 - beta) * q_over_m
     if DIVERGENCE == SKEW_FORWARD_KL:
-        _, over_p = log_mixture(ratio, alpha)
-        return -p * over_p, (alpha - 1.0) * exp(-over_p)
+        p_over_m = -(tl.maximum(-ratio, 0.0) + _log_mixture(ratio, alpha))
+        return p * p_over_m, (alpha - 1.0) * _exp(p_over_m)
     if DIVERGENCE == SKEW_REVERSE_KL:
-        over_q, _ = log_mixture(ratio, 1.0 - alpha)
-        return -q * over_q, -over_q - alpha * exp(-over_q)
+        q_over_m = -(tl.maximum(ratio, 0.0) + _log_mixture(ratio, 1.0 - alpha))
+        return q * q_over_m, q_over_m - alpha * _exp(q_over_m)
     gap = q - p
     return 0.5 * tl.abs(gap), tl.where(gap > 0, 0.5, tl.where(gap < 0, -0.5, 0.0))
 
@@ -78,17 +103,17 @@ def _rows_kernel(
         s = _logits(student, start + columns, inside, HIDDEN) * heat
         m_s_new = tl.maximum(m_s, tl.max(s, 0))
         s -= m_s_new
-        exp_s = tl.where(inside, exp(s), 0.0)
-        shrink_s = exp(m_s - m_s_new)
+        exp_s = tl.where(inside, _exp(s), 0.0)
+        shrink_s = _exp(m_s - m_s_new)
         if LABELS and HEATED:
-            exp_plain = tl.where(inside, exp(s * temperature), 0.0)
-            l_plain = l_plain * exp((m_s - m_s_new) * temperature) + tl.sum(exp_plain, 0)
+            exp_plain = tl.where(inside, _exp(s * temperature), 0.0)
+            l_plain = l_plain * _exp((m_s - m_s_new) * temperature) + tl.sum(exp_plain, 0)
         if DIVERGENCE != NONE:
             t = _logits(teacher, start + columns, inside, HIDDEN) * heat
             m_t_new = tl.maximum(m_t, tl.max(t, 0))
             t -= m_t_new
-            exp_t = tl.where(inside, exp(t), 0.0)
-            shrink_t = exp(m_t - m_t_new)
+            exp_t = tl.where(inside, _exp(t), 0.0)
+            shrink_t = _exp(m_t - m_t_new)
             moved = (m_t - m_t_new) - (m_s - m_s_new)
             if DIVERGENCE == FORWARD_KL:
                 a = shrink_t * (a + l_t * moved) + tl.sum(exp_t * (t - s), 0)
@@ -98,12 +123,12 @@ def _rows_kernel(
             m_t = m_t_new
         l_s = shrink_s * l_s + tl.sum(exp_s, 0)
         m_s = m_s_new
-    log_s = log(l_s)
+    log_s = _log(l_s)
     m_plain = m_s
     log_plain = log_s
     if LABELS and HEATED:
         m_plain = m_s * temperature
-        log_plain = log(l_plain)
+        log_plain = _log(l_plain)
 
     g_ce = 0.0
     label = -1
@@ -119,7 +144,7 @@ def _rows_kernel(
     g_div = 0.0
     log_t = 0.0
     if DIVERGENCE != NONE:
-        log_t = log(l_t)
+        log_t = _log(l_t)
         value = 0.0
         if DIVERGENCE == FORWARD_KL:
             value = a / l_t - log_t + log_s
@@ -135,7 +160,7 @@ def _rows_kernel(
                 s = s - m_s - log_s
                 one, f = _parts(t, s, beta, alpha, DIVERGENCE)
                 value += tl.sum(tl.where(inside, one, 0.0), 0)
-                mean_f += tl.sum(tl.where(inside, exp(s) * f, 0.0), 0)
+                mean_f += tl.sum(tl.where(inside, _exp(s) * f, 0.0), 0)
         tl.store(divergence + row, tl.maximum(value, 0.0) * temperature * temperature)
         if GRADIENT:
             g_div = tl.load(weight_div + row) * temperature
@@ -145,16 +170,16 @@ def _rows_kernel(
             inside = start + columns < vocab
             logits = _logits(student, start + columns, inside, 0.0)
             s = logits * heat - m_s - log_s
-            q = exp(s)
+            q = _exp(s)
             gradient = tl.zeros([TILE_V], tl.float32)
             if LABELS:
-                q_plain = exp(logits - m_plain - log_plain) if HEATED else q
+                q_plain = _exp(logits - m_plain - log_plain) if HEATED else q
                 gradient = g_ce * (q_plain - tl.where(start + columns == label, 1.0, 0.0))
             if DIVERGENCE != NONE:
                 t = _logits(teacher, start + columns, inside, 0.0) * heat
                 t = t - m_t - log_t
                 if DIVERGENCE == FORWARD_KL:
-                    gradient += g_div * (q - exp(t))
+                    gradient += g_div * (q - _exp(t))
                 elif DIVERGENCE == REVERSE_KL:
                     gradient += g_div * q * ((s - t) - mean_f)
                 else:
