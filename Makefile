@@ -45,10 +45,10 @@ check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
-	$(BIN)/python -m benchmarks.compiled
+	$(BIN)/python benchmarks/compiled.py
 
 bench: $(INSTALLED) ## time the operations on this CPU and write benchmarks/results
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --suite cpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --suite cpu $(ARGS)
 
 # A GPU machine brings its own torch and Triton, so nothing is installed for it.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
@@ -57,7 +57,7 @@ gpu: ## on a machine with a CUDA GPU: check the kernels there, then time them
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "gpu: torch sees no CUDA device here" >&2; exit 2; }
 	$(GPU_PYTHON) -m pytest -q tests/makd_kernels
 	@if command -v compute-sanitizer >/dev/null; then set -x; compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -q tests/makd_kernels -k "kernel and padding_on_either_side"; else echo "gpu: no compute-sanitizer here; left out"; fi
-	$(GPU_PYTHON) -m benchmarks.run --suite gpu $(ARGS)
+	$(GPU_PYTHON) benchmarks/run.py --suite gpu $(ARGS)
 
 format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

@@ -1,49 +1,72 @@
 """attention_kl against eager maps, torch.compile, FlexAttention's identity and LinearARD's sweeps.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.attention_kl [--device cuda]
+    python benchmarks/attention_kl.py [--device cuda]
 
-Eager holds both maps with softmax in fp32. The identity (kernels of the flash kind give KL through
-two extra values: scale_t q_t.O_1 - scale_s q_s.O_2 - L_t + L_s) runs forward only, on a GPU.
-LinearARD's algorithm (arXiv 2604.00004; our writing of it in torch) makes both log-sum-exps, then
-the values, then the gradients, over all tiles also where a causal mask hides them.
+Eager holds both maps with softmax in fp32; "half softmax" keeps them in the inputs' precision, as
+many training scripts do. The identity (kernels of the flash kind give KL through two extra values:
+scale_t q_t.O_1 - scale_s q_s.O_2 - L_t + L_s) runs on a GPU only: FlexAttention's CPU kernel
+returns no log-sum-exp. "given" is ours where attention's own log-sum-exps are at hand, which are
+made outside of the measurement.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ATTENTION_CPU, ATTENTION_GPU, AttentionCase
-from benchmarks.measure import Rows, check, command, measured, relative_error, say
+from cases import ATTENTION_CPU, ATTENTION_GPU, AttentionCase
+from linear_ard import LinearARD
 from makd_kernels.attention_kl import attention_kl
+from measure import Rows, check, command, measured, relative_error, say
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-TILE = 256
 
 
-def providers(device: str, divergence: str, dtype: torch.dtype, mode: str) -> dict[str, Provider]:
-    """The ways to compute the divergence that run on this device in this mode."""
+def providers(given: list[Tensor], divergence: str) -> dict[str, Provider]:
+    """The ways to compute the divergence that run where the tensors are."""
+    on_gpu, dtype = given[0].device.type == "cuda", given[0].dtype
 
-    def ours(impl: str) -> Provider:
-        return functools.partial(attention_kl, divergence=divergence, impl=impl)
+    def ours(impl: str, options: dict[str, Any] | None = None) -> Provider:
+        options = {"divergence": divergence, "impl": impl} | (options or {})
+        return functools.partial(attention_kl, **options)
 
-    found = {"eager": ours("reference"), "ours, blockwise": ours("torch")}
+    lse = {
+        f"log_sum_exp_{side}_BHT": _log_sum_exp(*pair)
+        for side, pair in (("teacher", given[:2]), ("student", given[2:]))
+    }
+    found = {"eager": ours("reference")}
     if dtype != torch.float32:
         found["eager, half softmax"] = functools.partial(_half_softmax, divergence)
     found["torch.compile"] = torch.compile(ours("reference"), dynamic=False)
     if divergence == "forward_kl":
-        if mode == "forward" and device == "cuda":  # its CPU kernel returns no log-sum-exp
+        if on_gpu:
             found["FlexAttention identity"] = _flex_identity
-        found["LinearARD's algorithm"] = _LinearARD.apply
-    if device == "cuda":
+        found["LinearARD's algorithm"] = LinearARD.apply
+    found["ours, blockwise"] = ours("torch")
+    found["ours, blockwise, given"] = ours("torch", lse)
+    if on_gpu:
         found["ours, Triton"] = ours("triton")
+        found["ours, Triton, given"] = ours("triton", lse)
     return found
 
 
+@torch.no_grad()
+def _log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, T), a head at a time, so that nothing large is left behind."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu_(1)
+    heads = [
+        (q[:, h] @ k[:, h].mT).to(torch.promote_types(q.dtype, torch.float32))
+        .mul_(q.shape[-1] ** -0.5).masked_fill_(hidden, -torch.inf).logsumexp(-1)
+        for h in range(q.shape[1])
+    ]  # fmt: skip
+    return torch.stack(heads, 1)
+
+
 def _half_softmax(divergence: str, q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
-    """Both maps with softmax in the inputs' own precision: what many training scripts do."""
+    """Both maps with softmax in the inputs' own precision."""
     tokens = q_t.shape[2]
     hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q_t.device).triu_(1)
 
@@ -60,11 +83,31 @@ def _half_softmax(divergence: str, q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: T
     return values
 
 
-@functools.cache
-def _compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex_identity(q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
+    """KL(teacher || student) from attention calls with keys as values; differentiable."""
+    scale = q_t.shape[-1] ** -0.5
+    blocks = _causal_blocks(q_t.shape[2], q_t.device.type)
+    expected_t, lse_t = _flex()(q_t, k_t, k_t, blocks)
+    expected_s, _ = _flex()(q_t, k_t, k_s, blocks)
+    _, lse_s = _flex()(q_s, k_s, k_s.detach(), blocks)
+    of_t = (q_t.float() * expected_t.float()).sum(-1)
+    of_s = (q_s.float() * expected_s.float()).sum(-1)
+    values: Tensor = scale * (of_t - of_s) - lse_t + lse_s
+    return values
 
-    return torch.compile(flex_attention, dynamic=False)
+
+@functools.cache
+def _flex() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(plain_flex, dynamic=False)
+
+
+def plain_flex(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
+    """(attention's output, its log-sum-exps)"""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    aux = AuxRequest(lse=True)
+    out, found = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True, return_aux=aux)
+    return out, found.lse
 
 
 @functools.cache
@@ -75,62 +118,6 @@ def _causal_blocks(tokens: int, device: str) -> object:
         return query >= key
 
     return create_block_mask(causal, None, None, tokens, tokens, device=device)
-
-
-def _flex_identity(q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
-    """KL(teacher || student) from two attention calls with keys as values."""
-    size = q_t.shape[-1]
-    scale = size**-0.5
-    blocks = _causal_blocks(q_t.shape[2], q_t.device.type)
-    flex = functools.partial(_compiled_flex(), block_mask=blocks, return_lse=True, enable_gqa=True)
-    expected_t, lse_t = flex(q_t, k_t, k_t)
-    expected_s, _ = flex(q_t, k_t, k_s)
-    _, lse_s = flex(q_s, k_s, k_s)
-    of_t = (q_t.float() * expected_t.float()).sum(-1)
-    of_s = (q_s.float() * expected_s.float()).sum(-1)
-    values: Tensor = scale * (of_t - of_s) - lse_t + lse_s
-    return values
-
-
-class _LinearARD(torch.autograd.Function):
-    """Log-sum-exps, values and gradients in sweeps over tiles of queries and all keys."""
-
-    @staticmethod
-    def forward(ctx: Any, q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor) -> Tensor:
-        ctx.save_for_backward(q_t, k_t, q_s, k_s)
-        values = []
-        for rows in range(0, q_t.shape[2], TILE):
-            log_p, log_q = _tile_logs(q_t, k_t, q_s, k_s, rows)
-            values.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        return torch.cat(values, -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_t, k_t, q_s, k_s = ctx.saved_tensors
-        group, scale = q_s.shape[1] // k_s.shape[1], q_s.shape[-1] ** -0.5
-        dq = torch.empty_like(q_s)
-        dk = torch.zeros_like(k_s, dtype=torch.float32)
-        for start in range(0, q_t.shape[2], TILE):
-            rows = slice(start, start + TILE)
-            log_p, log_q = _tile_logs(q_t, k_t, q_s, k_s, start)
-            ds = (log_q.exp() - log_p.exp()).mul_(grad[..., rows, None] * scale).to(q_s.dtype)
-            dq[:, :, rows] = ds @ k_s.repeat_interleave(group, dim=1)
-            dk += (ds.mT @ q_s[:, :, rows]).unflatten(1, (-1, group)).float().sum(2)
-        return None, None, dq, dk.to(k_s.dtype)
-
-
-def _tile_logs(q_t: Tensor, k_t: Tensor, q_s: Tensor, k_s: Tensor, start: int) -> Sequence[Tensor]:
-    tokens = q_t.shape[2]
-    rows = torch.arange(start, min(start + TILE, tokens), device=q_t.device)
-    hidden = rows[:, None] < torch.arange(tokens, device=q_t.device)
-
-    def logs(q: Tensor, k: Tensor) -> Tensor:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = (q[:, :, start : start + TILE] @ k.mT).float() * q.shape[-1] ** -0.5
-        found: Tensor = scores.masked_fill_(hidden, -1e30).log_softmax(-1)
-        return found
-
-    return logs(q_t, k_t), logs(q_s, k_s)
 
 
 def tensors(case: AttentionCase, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -176,22 +163,27 @@ def run(device: str, repeats: int) -> Rows:
 def _case(
     case: AttentionCase, dtype: torch.dtype, divergence: str, mode: str, device: str, repeats: int
 ) -> Rows:
-    found = providers(device, divergence, dtype, mode)
+    torch.compiler.reset()  # past a limit of recompilations it would run eager, in silence
     small = tensors(
         case._replace(batch=1, heads=case.heads // case.groups, groups=1), dtype, device
     )
     exact = functools.partial(attention_kl, divergence=divergence, impl="reference")
     truth = call([t.double() for t in small], exact, mode)()
-    errors = {n: relative_error(call(small, p, mode)(), truth) for n, p in found.items()}
+    errors = {
+        name: relative_error(call(small, provider, mode)(), truth)
+        for name, provider in providers(small, divergence).items()
+    }
     for name in errors:
         if name.startswith("ours"):
             check("attention_kl", name, errors[name], errors["eager"], dtype)
+    torch.compiler.reset()
     given = tensors(case, dtype, device)
-    half = case.batch * case.heads * case.tokens**2 / 2 * case.size * 2
-    size = sum(t.numel() for t in given) * dtype.itemsize
+    found = providers(given, divergence)
+    calls = {name: call(given, provider, mode) for name, provider in found.items()}
+    half = 2 * case.batch * case.heads * (case.tokens**2 / 2) * case.size  # of one product
+    size = sum(t.numel() * t.element_size() for t in given)
     return measured(
-        "attention_kl", f"{case.name}, {divergence}", case.shape, dtype, mode,
-        {name: call(given, provider, mode) for name, provider in found.items()}, errors,
+        "attention_kl", f"{case.name}, {divergence}", case.shape, dtype, mode, calls, errors, given,
         flops=half * (2 if mode == "forward" else 8),
         traffic=size * (1 if mode == "forward" else 2.5),
         device=device, repeats=repeats,

@@ -70,7 +70,7 @@ LINEAR_CPU = (
 )
 LINEAR_GPU = (
     LinearCase("large batch", 4096, 49152, 576, 576, ("forward_kl", "reverse_kl", "jsd")),
-    LinearCase("8B head", 8192, 128256, 4096, 4096),
+    LinearCase("8B head", 8192, 128256, 4096, 4096, ("forward_kl", "jsd")),
 )
 LOWRANK_CPU = (
     LowRankCase("135M q", 2048, 576, 144, 576),
@@ -80,4 +80,14 @@ LOWRANK_CPU = (
 LOWRANK_GPU = tuple(
     LowRankCase(f"8B gate, rank {rank}", 8192, 4096, rank, 14336)
     for rank in (64, 128, 256, 512, 1024)
+)
+LOWRANK_MAP_CPU = tuple(
+    LowRankCase("map", rows, 576, rank, 1536)
+    for rank in (32, 64, 128, 208, 384)
+    for rows in (64, 256, 1024, 4096)
+)
+LOWRANK_MAP_GPU = tuple(
+    LowRankCase("map", rows, 4096, rank, 14336)
+    for rank in (32, 64, 128, 256, 512, 1024)
+    for rows in (512, 2048, 8192, 32768)
 )

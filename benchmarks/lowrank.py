@@ -1,9 +1,11 @@
 """lowrank_linear and lowrank_swiglu against two plain matmuls and the dense matrix, in one run.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.lowrank [--device cuda]
+    python benchmarks/lowrank.py [--device cuda]
 
 "two matmuls" is the plain way with autograd (for SwiGLU: twice, then silu and the product); "dense"
-is the matrix before it was factored, "torch.compile" the plain way compiled.
+is the matrix before it was factored, "torch.compile" the plain way compiled. "ours" takes the way
+that `explain` names; on a GPU each way of the dispatch also stands alone, so that its rule can be
+checked. The cases of the map (one matrix, ranks against rows) show where each way loses.
 """
 
 import functools
@@ -13,42 +15,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import LOWRANK_CPU, LOWRANK_GPU, LowRankCase
-from benchmarks.measure import Rows, check, command, measured, relative_error, say
+from cases import LOWRANK_CPU, LOWRANK_GPU, LOWRANK_MAP_CPU, LOWRANK_MAP_GPU, LowRankCase
 from makd_kernels import lowrank_linear, lowrank_swiglu
-from makd_kernels.lowrank_linear import explain
+from makd_kernels.lowrank_linear import LARGEST_CHAIN_RANK, explain
+from measure import Rows, check, command, measured, relative_error, say
 
 Provider = Callable[..., Tensor]
+MATRICES = {"lowrank_linear": 1, "lowrank_swiglu": 2}
 
 
-def linear_providers() -> dict[str, Provider]:
-    """x, down, up -> y."""
-    plain = functools.partial(lowrank_linear, impl="reference")
-    return {
-        "two matmuls": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
-        "ours": lowrank_linear,
+def providers(op: str, device: str, rank: int) -> dict[str, Provider]:
+    """x and the factors -> y; "dense" takes the matrices instead of the factors."""
+    function: Provider = lowrank_linear if op == "lowrank_linear" else _swiglu
+    dense: Provider = F.linear if op == "lowrank_linear" else _dense_swiglu
+    found: dict[str, Provider] = {
+        "two matmuls": functools.partial(function, impl="reference"),
+        "torch.compile": torch.compile(
+            functools.partial(function, impl="reference"), dynamic=False
+        ),
+        "dense": dense,
+        "ours": function,
     }
+    if device == "cuda":
+        if op == "lowrank_swiglu":
+            found["ours, blockwise"] = functools.partial(function, impl="torch")
+        if op == "lowrank_swiglu" or rank <= LARGEST_CHAIN_RANK:
+            found["ours, Triton"] = functools.partial(function, impl="triton")
+    return found
 
 
 def _swiglu(
-    impl: str, x: Tensor, gate_down: Tensor, gate_up: Tensor, up_down: Tensor, up_up: Tensor
-) -> Tensor:
+    x: Tensor, gate_down: Tensor, gate_up: Tensor, up_down: Tensor, up_up: Tensor,
+    impl: str = "auto",
+) -> Tensor:  # fmt: skip
     return lowrank_swiglu(x, (gate_down, gate_up), (up_down, up_up), impl=impl)
-
-
-def swiglu_providers() -> dict[str, Provider]:
-    """x, gate's down and up, up's down and up -> y."""
-    plain = functools.partial(_swiglu, "reference")
-    return {
-        "two matmuls": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
-        "ours": functools.partial(_swiglu, "auto"),
-    }
-
-
-def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
 
 
 def _dense_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -86,40 +86,68 @@ def call(given: list[Tensor], provider: Provider, mode: str) -> Callable[[], lis
 
 
 def run(device: str, repeats: int) -> Rows:
-    """Measure every case."""
+    """Measure every case in every dtype and mode, then the map."""
     rows: Rows = []
-    for case in LOWRANK_CPU if device == "cpu" else LOWRANK_GPU:
-        path = explain(case.rows, case.inputs, case.rank, case.outputs)
+    impl = "triton" if device == "cuda" else "torch"
+    cases, of_map = (
+        (LOWRANK_CPU, LOWRANK_MAP_CPU) if device == "cpu" else (LOWRANK_GPU, LOWRANK_MAP_GPU)
+    )
+    for case in cases:
+        path = explain(case.rows, case.inputs, case.rank, case.outputs, impl)
         say(f"lowrank: {case.name} takes the way {path.name!r}: {path.why}")
         for dtype in (torch.bfloat16, torch.float32):
-            for mode in ("forward", "full"):
-                rows += _case("lowrank_linear", case, 1, dtype, mode, device, repeats)
-                rows += _case("lowrank_swiglu", case, 2, dtype, mode, device, repeats)
+            for op in MATRICES:
+                for mode in ("forward", "full"):
+                    rows += _case(op, case, dtype, mode, device, repeats)
+    for case in of_map:
+        say(f"lowrank: {case.name} {case.shape}")
+        for op in MATRICES:
+            rows += _case(op, case, torch.bfloat16, "full", device, repeats)
     return rows
 
 
 def _case(
-    op: str, case: LowRankCase, matrices: int, dtype: torch.dtype, mode: str, device: str,
-    repeats: int,
-) -> Rows:  # fmt: skip
-    found = linear_providers() if matrices == 1 else swiglu_providers()
-    small = tensors(case._replace(rows=64), matrices, dtype, device)
-    truth = call([t.double() for t in small], found["two matmuls"], mode)()
-    errors = {n: relative_error(call(small, p, mode)(), truth) for n, p in found.items()}
-    check(op, "ours", errors["ours"], errors["two matmuls"], dtype)
+    op: str, case: LowRankCase, dtype: torch.dtype, mode: str, device: str, repeats: int
+) -> Rows:
+    torch.compiler.reset()  # past a limit of recompilations it would run eager, in silence
+    errors = _errors(op, case, dtype, mode, device)
+    for name in errors:
+        if name.startswith("ours"):
+            check(op, name, errors[name], errors["two matmuls"], dtype)
+    torch.compiler.reset()
+    matrices = MATRICES[op]
     given = tensors(case, matrices, dtype, device)
-    calls = {name: call(given, provider, mode) for name, provider in found.items()}
     dense = [given[0], *(up @ down for down, up in zip(given[1::2], given[2::2], strict=True))]
-    calls["dense"] = call(dense, _dense_linear if matrices == 1 else _dense_swiglu, mode)
-    errors["dense"] = float("nan")  # another matrix: rounded once more
+    found = providers(op, device, case.rank)
+    if case.name == "map":
+        del found["torch.compile"]
+    calls = {
+        name: call(dense if name == "dense" else given, provider, mode)
+        for name, provider in found.items()
+    }
     flops = 2 * matrices * case.rows * case.rank * (case.inputs + case.outputs)
     size = sum(t.numel() * t.element_size() for t in given)
     size += case.rows * case.outputs * dtype.itemsize
     return measured(
-        op, case.name, case.shape, dtype, mode, calls, errors,
+        op, case.name, case.shape, dtype, mode, calls, errors, [*given, *dense],
         flops=flops * (1 if mode == "forward" else 3),
         traffic=size * (1 if mode == "forward" else 3), device=device, repeats=repeats,
     )  # fmt: skip
+
+
+def _errors(
+    op: str, case: LowRankCase, dtype: torch.dtype, mode: str, device: str
+) -> dict[str, float]:
+    """Error of each provider against float64 on the first rows of the case."""
+    found = providers(op, device, case.rank)
+    del found["dense"]  # another matrix: rounded once more
+    small = tensors(case._replace(rows=64), MATRICES[op], dtype, device)
+    truth = call([t.double() for t in small], found["two matmuls"], mode)()
+    errors = {
+        name: relative_error(call(small, provider, mode)(), truth)
+        for name, provider in found.items()
+    }
+    return errors | {"dense": float("nan")}
 
 
 if __name__ == "__main__":

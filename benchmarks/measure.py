@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, Any]]
 Call = Callable[[], Sequence[Tensor]]
 
 
@@ -33,13 +34,14 @@ def measured(
     mode: str,
     calls: Mapping[str, Call],
     errors: Mapping[str, float],
+    inputs: Sequence[Tensor],
     *,
     flops: float,
     traffic: float,
     device: str,
     repeats: int,
-) -> list[dict[str, object]]:
-    """One row for each provider in `calls`.
+) -> Rows:
+    """One row for each provider in `calls`, which all read `inputs`.
 
     `flops` are the useful floating-point operations of the case, the same for every provider: what
     an implementation computes twice is its own loss. `traffic` is the least that must be read and
@@ -48,7 +50,8 @@ def measured(
     times = milliseconds(calls, device, repeats)
     rows = []
     for name, (low, median, high) in times.items():
-        peak, saved = peak_megabytes(calls[name], device), saved_megabytes(calls[name])
+        peak, saved = peak_megabytes(calls[name], device), saved_megabytes(calls[name], inputs)
+        registers, spills = triton_resources(calls[name], device)
         rate = flops / median / 1e9
         row: dict[str, object] = {
             "op": op,
@@ -66,22 +69,33 @@ def measured(
             "peak_MB": "" if peak is None else f"{peak:.1f}",
             "saved_MB": "" if mode == "forward" else f"{saved:.1f}",
             "error_fp64": f"{errors[name]:.1e}",
+            "registers": registers,
+            "spills": spills,
         }
         rows.append(row | where(device))
-        print("  ".join(f"{row[key]!s:>{WIDTHS.get(key, 8)}}" for key in row), flush=True)
+        print(_line({key: row[key] for key in PRINTED}), flush=True)
     return rows
 
 
-WIDTHS = {"op": 17, "case": 14, "shape": 18, "provider": 22, "useful_TFLOP/s": 14}
+# column: its width in what is printed; the table has the others too
+PRINTED = {
+    "op": 17, "case": 25, "dtype": 8, "mode": 7, "provider": 31, "ms_20": 7, "ms_50": 7, "ms_80": 7,
+    "useful_TFLOP/s": 14, "of_matmul_peak": 14, "GB/s": 6, "peak_MB": 7, "saved_MB": 8,
+    "error_fp64": 10,
+}  # fmt: skip
 
 
 def print_header() -> None:
     """The names of the columns, once, above the rows that `measured` prints."""
-    columns = (
-        "op", "case", "shape", "dtype", "mode", "provider", "ms_20", "ms_50", "ms_80",
-        "useful_TFLOP/s", "of_matmul_peak", "GB/s", "peak_MB", "saved_MB", "error_fp64",
+    print(_line({key: key for key in PRINTED}), flush=True)
+
+
+def _line(values: Mapping[str, object]) -> str:
+    return "  ".join(
+        f"{value!s:<{PRINTED[key]}}" if key in ("op", "case", "provider") else
+        f"{value!s:>{PRINTED[key]}}"
+        for key, value in values.items()
     )  # fmt: skip
-    print("  ".join(f"{key:>{WIDTHS.get(key, 8)}}" for key in columns), flush=True)
 
 
 def write(rows: Sequence[Mapping[str, object]], target: Path) -> None:
@@ -149,17 +163,27 @@ def copy_rate(device: str) -> float:
     return 2 * source.numel() * source.element_size() / median / 1e6
 
 
+FEWEST_REPEATS, LONGEST_S = 3, 40.0
+
+
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], device: str, repeats: int
 ) -> dict[str, tuple[float, float, float]]:
-    """(20 %, median, 80 %) for each call. On a CPU the calls take turns, `repeats` times each."""
+    """(20 %, median, 80 %) for each call.
+
+    On a CPU the calls take turns, `repeats` times each; once LONGEST_S have gone by, FEWEST_REPEATS
+    are enough.
+    """
     if device != "cpu":
         from triton.testing import do_bench
 
         quantiles = (0.2, 0.5, 0.8)
         return {name: tuple(do_bench(call, quantiles=quantiles)) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > FEWEST_REPEATS and time.perf_counter() - began > LONGEST_S:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -199,20 +223,47 @@ def _status_kilobytes(status: Path, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def saved_megabytes(call: Callable[[], object]) -> float:
-    """What autograd keeps between forward and backward, leaves and their views not counted."""
+def saved_megabytes(call: Callable[[], object], inputs: Iterable[Tensor]) -> float:
+    """What autograd keeps between forward and backward, beside the inputs themselves."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if not base.is_leaf:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     return sum(kept.values()) / 2**20
+
+
+def triton_resources(call: Callable[[], object], device: str) -> tuple[int | str, int | str]:
+    """(most registers a thread, spilled bytes in all) of the Triton kernels that `call` launches.
+
+    Empty where there are none. torch.compile launches its kernels by a way of its own, unseen here.
+    """
+    if device == "cpu":
+        return "", ""
+    from triton.compiler import CompiledKernel
+
+    launched: dict[int, CompiledKernel] = {}
+    original = CompiledKernel.launch_metadata
+
+    def recorded(kernel: CompiledKernel, *arguments: object) -> object:
+        launched[id(kernel)] = kernel
+        return original(kernel, *arguments)
+
+    CompiledKernel.launch_metadata = recorded
+    try:
+        call()
+    finally:
+        CompiledKernel.launch_metadata = original
+    if not launched:
+        return "", ""
+    kernels = launched.values()
+    return max(kernel.n_regs for kernel in kernels), sum(kernel.n_spills for kernel in kernels)
 
 
 def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
@@ -234,19 +285,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def command(doc: str | None, op: str, run: Callable[[str, int], "Rows"], *, repeats: int) -> None:
-    """What `python -m benchmarks.<op>` does: measure one operation and write its table."""
+def command(doc: str | None, op: str, run: Callable[[str, int], Rows], *, repeats: int) -> None:
+    """What `python benchmarks/<op>.py` does: measure one operation and write its table."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--out", type=Path, help="a .csv; benchmarks/results/OP_DEVICE.csv if none")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device here")
     print_header()
-    write(run(arguments.device, arguments.repeats), RESULTS / f"{op}_{arguments.device}.csv")
+    target = arguments.out or RESULTS / f"{op}_{arguments.device}.csv"
+    write(run(arguments.device, arguments.repeats), target)
+    say(f"written {target}")
 
 
 def say(text: str) -> None:
     """Progress, beside the table."""
     print(text, file=sys.stderr, flush=True)
-
-
-Rows = list[dict[str, Any]]

@@ -1,14 +1,24 @@
 """Pictures of a suite's table: rate and memory against length, with the ceilings drawn.
 
-python -m benchmarks.plots benchmarks/results/cpu.csv
+python benchmarks/plots.py benchmarks/results/cpu.csv
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
+import math
+import re
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 MARKERS = "osD^vP*X"
+LOSS = 1.03
 
 
 def draw(table: Path) -> list[Path]:
@@ -58,33 +68,57 @@ def _attention(rows: list[dict[str, str]], table: Path) -> Path | None:
 
 
 def _lowrank(rows: list[dict[str, str]], table: Path) -> Path | None:
-    """Time of the low-rank ops relative to two matmuls; above 1 is the losing region."""
-    medians: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    """Maps of rank and rows, bf16, forward and backward; ours against its rivals."""
+    times: dict[tuple[str, str], dict[tuple[int, int], float]] = defaultdict(dict)
     for row in rows:
-        if row["op"].startswith("lowrank") and row["mode"] == "full" and row["dtype"] == "bfloat16":
-            medians[row["op"], row["case"]][row["provider"]] = float(row["ms_50"])
-    if not medians:
+        if row["case"] == "map":
+            size = dict(re.findall(r"([A-Z])(\d+)", row["shape"]))
+            cell = (int(size["R"]), int(size["N"]))
+            times[row["op"], row["provider"]][cell] = float(row["ms_50"])
+    if not times:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{op.removeprefix('lowrank_')}\n{case}" for op, case in medians]
-    names = [name for name in next(iter(medians.values())) if name != "two matmuls"]
-    for index, name in enumerate(names):
-        ratios = [found[name] / found["two matmuls"] for found in medians.values()]
-        places = [place + 0.8 * index / len(names) for place in range(len(labels))]
-        axes.bar(places, ratios, width=0.8 / len(names), label=name)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylabel("time, two matmuls = 1")
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for column, op in enumerate(("lowrank_linear", "lowrank_swiglu")):
+        for line, rival in enumerate(("two matmuls", "dense")):
+            ratios = {
+                cell: median / times[op, rival][cell] for cell, median in times[op, "ours"].items()
+            }
+            image = _map(axes[line][column], ratios)
+            axes[line][column].set_title(f"{op}: ours / {rival}", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, label="time against the rival", shrink=0.6)
+    bar.set_ticks([-1, 0, 1], labels=["half", "equal", "twice"])
     figure.suptitle(
-        f"low-rank products, bf16, forward and backward: {rows[0]['device']}", fontsize=10
+        f"{rows[0]['device']}: low-rank ops, bf16, forward and backward; hatched: more than "
+        f"{LOSS - 1:.0%} slower",
+        fontsize=10,
     )
     target = table.with_name(f"{table.stem}_lowrank.png")
     figure.savefig(target, dpi=120)
     return target
+
+
+def _map(axes: Axes, ratios: dict[tuple[int, int], float]) -> AxesImage:
+    """One map: ranks upwards, rows to the right."""
+    from matplotlib.patches import Rectangle
+
+    ranks, counts = (sorted({cell[axis] for cell in ratios}) for axis in (0, 1))
+    grid = [[math.log2(ratios[rank, count]) for count in counts] for rank in ranks]
+    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
+    for y, rank in enumerate(ranks):
+        for x, count in enumerate(counts):
+            ratio = ratios[rank, count]
+            axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=9)
+            if ratio > LOSS:
+                axes.add_patch(
+                    Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//", linewidth=0)
+                )
+    axes.set_xticks(range(len(counts)), map(str, counts))
+    axes.set_yticks(range(len(ranks)), map(str, ranks))
+    axes.set(xlabel="rows", ylabel="rank")
+    return image
 
 
 def main() -> None:

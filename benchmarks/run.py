@@ -1,7 +1,7 @@
 """All operations of a suite in one process and one table, with the machine's ceilings first.
 
-python -m benchmarks.run --suite cpu                 # benchmarks/results/cpu.csv, and plots
-python -m benchmarks.run --suite gpu --out gpu.csv
+python benchmarks/run.py --suite cpu                 # benchmarks/results/cpu.csv, and plots
+python benchmarks/run.py --suite gpu --out gpu.csv
 """
 
 import argparse
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention_kl, linear_divergence, lowrank, plots
-from benchmarks.measure import RESULTS, copy_rate, matmul_peak, print_header, say, write
+import attention_kl
+import linear_divergence
+import lowrank
+import plots
+from measure import RESULTS, copy_rate, matmul_peak, print_header, say, write
 
 REPEATS = {"attention_kl": 7, "linear_divergence": 3, "lowrank": 15}
 SUITES = {

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose(impl: str, implementations: Sequence[str], device: str) -> str:
     """The name behind `impl` for tensors on a device of type `device` ("cpu", "cuda", ...).
@@ -26,7 +28,7 @@ def choose(impl: str, implementations: Sequence[str], device: str) -> str:
 
 def why_not_triton(device: str) -> str | None:
     """Why Triton's kernels cannot run on this type of device, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "the package triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device!r}, and Triton compiles for GPUs ('cuda')"

@@ -57,26 +57,35 @@ Formula = Callable[[Rows, Rows, Weights | None, bool], Tensor | None]
 
 
 def exponentials(
-    logits: Tensor, exp: Tensor, visible: Callable[[Tensor], None] | None = None
+    logits: Tensor,
+    exp: Tensor,
+    visible: Callable[[Tensor], None] | None = None,
+    log_sum_exp: Tensor | None = None,
 ) -> Rows:
     """Centre `logits` in place and write their exponentials into `exp` (same shape).
 
     `visible` zeroes the hidden entries of what it is given; a row with nothing visible gets sum 1,
-    so that its divergence and its gradient come out as exactly 0. Source: ours.
+    so that its divergence and its gradient come out as exactly 0. Where `log_sum_exp` is known
+    (V = 1), it is subtracted in the maximum's place, and the sum is 1. Source: ours.
     """
-    logits.sub_(logits.amax(-1, keepdim=True))
+    logits.sub_(logits.amax(-1, keepdim=True) if log_sum_exp is None else log_sum_exp)
     torch.clamp_min(logits, LOWEST_EXPONENT, out=exp)
     exp.exp_()
     if visible is not None:
         visible(exp)
+    if log_sum_exp is not None:
+        return Rows(logits, exp, torch.ones_like(log_sum_exp))
     # the maximum's exponential is 1, so a visible row's sum is never below it
     return Rows(logits, exp, exp.sum(-1, keepdim=True).clamp_min_(1.0))
 
 
 def visible_logits(
-    logits: Tensor, exp: Tensor, visible: Callable[[Tensor], None] | None = None
+    logits: Tensor,
+    exp: Tensor,
+    visible: Callable[[Tensor], None] | None = None,
+    log_sum_exp: Tensor | None = None,
 ) -> Rows:
-    """Rows for `logit_mse`: `logits` in place with hidden entries 0; `exp` is only room."""
+    """Rows for `logit_mse`: `logits` in place with hidden entries 0; the rest has no use."""
     if visible is not None:
         visible(logits)
     return Rows(logits, exp, logits[..., :1])

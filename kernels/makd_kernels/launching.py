@@ -29,6 +29,14 @@ class Tiles(NamedTuple):
         }
 
 
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Whose tiles to take on this device: 90 for Hopper and later, 80 for anything before."""
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    return 90 if torch.cuda.get_device_capability(device)[0] >= 9 else 80
+
+
 def padded_size(size: int) -> int:
     """The power of two, at least 16, that holds `size`: what the matrix units multiply."""
     return max(16, 1 << (size - 1).bit_length())

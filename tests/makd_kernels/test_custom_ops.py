@@ -37,14 +37,18 @@ def attention(grad: bool) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "logit_mse"])
-def test_attention_kl(device: str, impl: str, divergence: str) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "known"),
+    [("forward_kl", False), ("forward_kl", True), ("jsd", False), ("logit_mse", False)],
+)
+def test_attention_kl(device: str, impl: str, divergence: str, known: bool) -> None:
     mask = torch.ones(2, 9)
     mask[0, :4] = 0
+    lse = (normal(2, 2, 9, seed=4) + 9, normal(2, 2, 9, seed=5) + 9) if known else (None, None)
     options = ([0, 1], [1] * 2, 0.3, 0.4, True, None, divergence, 0.5, impl)
-    opcheck(attention_kl_op, (*attention(True), mask, *options))
-    _, statistics = attention_kl_op(*attention(False), mask, *options)
-    given = (normal(2, 2, 9), *attention(False), mask, statistics, *options)
+    opcheck(attention_kl_op, (*attention(True), mask, *lse, *options, True))
+    _, *saved = attention_kl_op(*attention(False), mask, *lse, *options, True)
+    given = (normal(2, 2, 9), *attention(False), mask, *lse, *saved, *options)
     opcheck(attention_kl_backward_op, given)
 
 

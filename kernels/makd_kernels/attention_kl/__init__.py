@@ -19,7 +19,12 @@ from torch import Tensor
 
 from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
-from makd_kernels.attention_kl.settings import DIVERGENCES, LARGEST_HEAD, Settings
+from makd_kernels.attention_kl.settings import (
+    DIVERGENCES,
+    LARGEST_HEAD,
+    Settings,
+    usable_log_sum_exp,
+)
 from makd_kernels.dispatch import choose
 from makd_kernels.divergences import checked_divergence
 
@@ -47,6 +52,8 @@ def attention_kl(
     window: int | None = None,
     attention_mask_BT: Tensor | None = None,
     head_map: Sequence[Sequence[int]] | None = None,
+    log_sum_exp_teacher_BHT: Tensor | None = None,
+    log_sum_exp_student_BHT: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     impl: str = "auto",
@@ -64,6 +71,11 @@ def attention_kl(
         attention_mask_BT: 1 (or True) for a real token, 0 for padding, on either side.
         head_map: `head_map[h]` lists the teacher heads that student head h learns from; their
             divergences are averaged. None is the identity and needs equal head counts.
+        log_sum_exp_teacher_BHT, log_sum_exp_student_BHT: ln sum exp of each side's scaled scores
+            over the keys that a query sees, where both attentions have made them (flash attention
+            does); they save a sweep. Only their values count: the gradient, which is whole without
+            them, goes to queries and keys. Rows of padding may hold anything. One number per query
+            is rounded at the size of the scores, so the result is as exact as they are.
         divergence: "forward_kl" is KL(teacher || student), "reverse_kl" KL(student || teacher),
             "jsd" beta KL(teacher || m) + (1-beta) KL(student || m) with m = beta teacher +
             (1-beta) student, all in nats; "probability_mse" and "logit_mse" are the squared error
@@ -80,7 +92,8 @@ def attention_kl(
 
     Raises:
         ValueError: shapes that do not fit, a teacher tensor that requires grad, head counts that
-            differ without a head_map, a window without causal, an unknown divergence or impl.
+            differ without a head_map, a window without causal, log-sum-exps of one side only, an
+            unknown divergence or impl.
         RuntimeError: impl="triton" where Triton cannot run.
     """
     divergence = checked_divergence(divergence, DIVERGENCES, beta)
@@ -113,45 +126,91 @@ def attention_kl(
     _check_head_map(head_map, teacher_heads, student_heads)
     counts = [len(others) for others in head_map]
     teacher_P = [other for others in head_map for other in others]
-    teacher_side = (q_teacher_BHTD.detach(), k_teacher_BGTD.detach())
-    student_side = (q_student_BHTD, k_student_BGTD)
+    lse_teacher, lse_student = _usable(
+        (log_sum_exp_teacher_BHT, q_teacher_BHTD),
+        (log_sum_exp_student_BHT, q_student_BHTD),
+        attention_mask_BT,
+    )
+    if divergence == "logit_mse":  # has no softmax
+        lse_teacher = lse_student = None
+    teacher = (q_teacher_BHTD.detach(), k_teacher_BGTD.detach(), lse_teacher)
+    student = (q_student_BHTD, k_student_BGTD, lse_student)
     if chosen == "triton":
-        values_BHT: Tensor = attention_kl_op(
-            *teacher_side, *student_side, attention_mask_BT, teacher_P, counts, *settings, chosen
-        )[0]
-        return values_BHT
+        return _values(teacher, student, attention_mask_BT, (teacher_P, counts), settings, chosen)
     if teacher_P != list(range(teacher_heads)) or counts != [1] * student_heads:
         student_P = [head for head, count in enumerate(counts) for _ in range(count)]
-        teacher_side = _take_heads(*teacher_side, teacher_P)
-        student_side = _take_heads(*student_side, student_P)
-    per_pair_BPT = _equal_heads(*teacher_side, *student_side, attention_mask_BT, settings, chosen)
+        teacher = _take_heads(*teacher, teacher_P)
+        student = _take_heads(*student, student_P)
+    if chosen == "reference":
+        per_pair_BPT = attention_kl_reference(
+            *teacher[:2], *student[:2], attention_mask_BT, settings
+        )
+    else:
+        in_order = (list(range(len(teacher_P))), [1] * len(teacher_P))
+        per_pair_BPT = _values(teacher, student, attention_mask_BT, in_order, settings, chosen)
     if max(counts) == 1:
         return per_pair_BPT
     return torch.stack([part.mean(1) for part in per_pair_BPT.split(counts, dim=1)], dim=1)
 
 
-def _equal_heads(
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    q_student: Tensor,
-    k_student: Tensor,
+_Side = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, log-sum-exps
+
+
+def _values(
+    teacher: _Side,
+    student: _Side,
     attention_mask_BT: Tensor | None,
+    pairs: tuple[list[int], list[int]],
     settings: Settings,
     impl: str,
 ) -> Tensor:
-    """One divergence per head and query, where every student head has the teacher's beside it."""
-    tensors = (q_teacher, k_teacher, q_student, k_student, attention_mask_BT)
-    if impl == "reference":
-        return attention_kl_reference(*tensors, settings)
-    heads = list(range(q_student.shape[1]))
-    values_BHT: Tensor = attention_kl_op(*tensors, heads, [1] * len(heads), *settings, impl)[0]
+    q_student, k_student, lse_student = student
+    with_gradient = torch.is_grad_enabled() and (q_student.requires_grad or k_student.requires_grad)
+    values_BHT: Tensor = attention_kl_op(
+        *teacher[:2],
+        q_student,
+        k_student,
+        attention_mask_BT,
+        teacher[2],
+        lse_student,
+        *pairs,
+        *settings,
+        impl,
+        with_gradient,
+    )[0]
     return values_BHT
 
 
-def _take_heads(q_BHTD: Tensor, k_BGTD: Tensor, heads_P: list[int]) -> tuple[Tensor, Tensor]:
+def _usable(
+    teacher: tuple[Tensor | None, Tensor],
+    student: tuple[Tensor | None, Tensor],
+    attention_mask_BT: Tensor | None,
+) -> list[Tensor | None]:
+    """Both sides' log-sum-exps, checked against their queries, detached and without traps."""
+    if (teacher[0] is None) != (student[0] is None):
+        raise ValueError("give the log-sum-exps of teacher and student, or neither")
+    dtype = torch.promote_types(teacher[1].dtype, student[1].dtype)
+    usable: list[Tensor | None] = []
+    for name, (lse_BHT, q_BHTD) in (("teacher", teacher), ("student", student)):
+        if lse_BHT is not None and lse_BHT.shape != q_BHTD.shape[:3]:
+            raise ValueError(
+                f"log_sum_exp_{name}_BHT is {tuple(lse_BHT.shape)}; it must be "
+                f"{tuple(q_BHTD.shape[:3])}, one for each of the {name}'s queries"
+            )
+        if lse_BHT is not None:
+            lse_BHT = lse_BHT.detach().to(torch.promote_types(dtype, torch.float32))
+            lse_BHT = usable_log_sum_exp(lse_BHT, attention_mask_BT)
+        usable.append(lse_BHT)
+    return usable
+
+
+def _take_heads(
+    q_BHTD: Tensor, k_BGTD: Tensor, lse_BHT: Tensor | None, heads_P: list[int]
+) -> _Side:
     """The queries of `heads_P` and, one for each, the keys that they attend to."""
     group = q_BHTD.shape[1] // k_BGTD.shape[1]
-    return q_BHTD[:, heads_P], k_BGTD[:, [head // group for head in heads_P]]
+    lse_BPT = None if lse_BHT is None else lse_BHT[:, heads_P]
+    return q_BHTD[:, heads_P], k_BGTD[:, [head // group for head in heads_P]], lse_BPT
 
 
 def _unfit_for_triton(q_teacher: Tensor, q_student: Tensor) -> str | None:

@@ -39,6 +39,7 @@ class _Side(NamedTuple):
 
     q_nTRD: Tensor
     k_nTD: Tensor
+    lse_nTR1: Tensor | None
     scale: float
 
 
@@ -99,11 +100,16 @@ def values(
     q_student_BHTD: Tensor,
     k_student_BGTD: Tensor,
     attention_mask_BT: Tensor | None,
+    lse_teacher_BHT: Tensor | None,
+    lse_student_BHT: Tensor | None,
     settings: Settings,
 ) -> Tensor:
     """(B, H, T) divergence per query; both sides have H heads. See `attention_kl`."""
     return _Sweep(
-        q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD, attention_mask_BT, settings
+        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
+        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
+        attention_mask_BT,
+        settings,
     ).values()
 
 
@@ -113,12 +119,17 @@ def gradients(
     q_student_BHTD: Tensor,
     k_student_BGTD: Tensor,
     attention_mask_BT: Tensor | None,
+    lse_teacher_BHT: Tensor | None,
+    lse_student_BHT: Tensor | None,
     settings: Settings,
     grad_BHT: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
     sweep = _Sweep(
-        q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD, attention_mask_BT, settings
+        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
+        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
+        attention_mask_BT,
+        settings,
     )
     dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT)
     shared = dk_BHTD.shape[1] // k_student_BGTD.shape[1]
@@ -136,13 +147,13 @@ class _Sweep:
 
     def __init__(
         self,
-        q_teacher: Tensor,
-        k_teacher: Tensor,
-        q_student: Tensor,
-        k_student: Tensor,
+        teacher: tuple[Tensor, Tensor, Tensor | None],
+        student: tuple[Tensor, Tensor, Tensor | None],
         mask_BT: Tensor | None,
         settings: Settings,
     ) -> None:
+        q_teacher, k_teacher, lse_teacher = teacher
+        q_student, k_student, lse_student = student
         self.formula: Formula = DIVERGENCES[settings.divergence](settings.beta, 0.0)
         self.softmax = settings.divergence != "logit_mse"
         if k_teacher.shape[1] != k_student.shape[1]:
@@ -158,8 +169,8 @@ class _Sweep:
             q_student.shape[1] // k_student.shape[1],
             *q_student.shape[2:],
         )
-        self.teacher = _grouped(q_teacher, k_teacher, settings.scale_teacher)
-        self.student = _grouped(q_student, k_student, settings.scale_student)
+        self.teacher = _grouped(q_teacher, k_teacher, lse_teacher, settings.scale_teacher)
+        self.student = _grouped(q_student, k_student, lse_student, settings.scale_student)
         dtype = torch.promote_types(q_teacher.dtype, q_student.dtype)
         self.dtype = torch.promote_types(dtype, torch.float32)
         mask_nT = None
@@ -187,7 +198,7 @@ class _Sweep:
 
     def gradients(self, grad_BHT: Tensor) -> tuple[Tensor, Tensor]:
         """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
-        q_nTRD, k_nTD, scale = self.student
+        q_nTRD, k_nTD, _, scale = self.student
         batch, groups, shared, tokens, size = self.shape_BGRTD
         grad_BGTR = (grad_BHT.to(self.dtype) * scale).unflatten(1, (groups, shared)).transpose(2, 3)
         grad_nTR1 = grad_BGTR.reshape(batch * groups, tokens, shared, 1)
@@ -232,8 +243,12 @@ class _Sweep:
                 t[..., columns].add_(bias)
                 s[..., columns].add_(bias)
         return (
-            make_rows(t, self._buffer("exp t", t.shape, self.dtype), hide),
-            make_rows(s, self._buffer("exp s", s.shape, self.dtype), hide),
+            make_rows(
+                t, self._buffer("exp t", t.shape, self.dtype), hide, _known(self.teacher, slab)
+            ),
+            make_rows(
+                s, self._buffer("exp s", s.shape, self.dtype), hide, _known(self.student, slab)
+            ),
         )
 
     def _scores(self, side: _Side, slab: _Slab, name: str) -> Tensor:
@@ -285,13 +300,22 @@ class _Sweep:
         return held[:size].view(shape)
 
 
-def _grouped(q_BHTD: Tensor, k_BGTD: Tensor, scale: float) -> _Side:
+def _grouped(q_BHTD: Tensor, k_BGTD: Tensor, lse_BHT: Tensor | None, scale: float) -> _Side:
     batch, heads, tokens, size = q_BHTD.shape
     groups = k_BGTD.shape[1]
-    shared = heads // groups
-    q_BGTRD = q_BHTD.unflatten(1, (groups, shared)).transpose(2, 3)
-    q_nTRD = q_BGTRD.reshape(batch * groups, tokens, shared, size).contiguous()
-    return _Side(q_nTRD, k_BGTD.reshape(batch * groups, tokens, size), scale)
+
+    def heads_inside(of_query_BHTD: Tensor) -> Tensor:
+        of_query_BGRTD: Tensor = of_query_BHTD.unflatten(1, (groups, heads // groups))
+        return of_query_BGRTD.transpose(2, 3).flatten(0, 1).contiguous()
+
+    lse_nTR1 = None if lse_BHT is None else heads_inside(lse_BHT[..., None])
+    k_nTD = k_BGTD.reshape(batch * groups, tokens, size)
+    return _Side(heads_inside(q_BHTD), k_nTD, lse_nTR1, scale)
+
+
+def _known(side: _Side, slab: _Slab) -> Tensor | None:
+    """The log-sum-exps of the slab's queries (n, Q, R, 1), where they were given."""
+    return None if side.lse_nTR1 is None else side.lse_nTR1[slab.instances, slab.queries]
 
 
 def _operands(side: _Side, slab: _Slab) -> tuple[Tensor, Tensor]:

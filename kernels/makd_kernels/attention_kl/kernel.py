@@ -5,8 +5,10 @@ Every kernel walks tiles of scores and makes them again from queries and keys:
 * `_kl_kernel`: one pass, in which the maxima, the sums and the *centred* mean of the gap between
   the two sides' scores are updated together (ours; flash attention keeps the first two). Its
   log-sum-exps are all that the backward needs.
-* `_values_kernel`: the divergences that need both log-sum-exps first, in a second pass.
-* `_dq_kernel`: one program per tile of queries, over the teacher heads paired with its head.
+* `_values_kernel`: any divergence where both log-sum-exps are known, from `_kl_kernel` or because
+  attention gave them.
+* `_dq_kernel`: one program per tile of queries, over the teacher heads paired with its head; where
+  the log-sum-exps were given, the forward KL's values come out of the same sweep.
 * `_dk_kernel`: one program per tile of keys, over the query heads that share it and their pairs.
 
 No atomics: every sum has one owner and one order, so two runs give equal bits. Tiles above the
@@ -129,6 +131,12 @@ def _value(t, s, beta, DIVERGENCE: tl.constexpr):
     """A key's share in (the value, the row statistic of the gradient), from log p and log q."""
     if DIVERGENCE == LOGIT_MSE:
         value = (s - t) * (s - t)
+        return value, value
+    if DIVERGENCE == FORWARD_KL:
+        value = _exp(t) * (t - s)
+        return value, value
+    if DIVERGENCE == REVERSE_KL:
+        value = _exp(s) * (s - t)
         return value, value
     p, q = _exp(t), _exp(s)
     if DIVERGENCE == JSD:
@@ -292,22 +300,27 @@ def _values_kernel(
     if MASKED:
         value = tl.where(tl.load(real_keys + rows, mask=rows < tokens, other=0) != 0, value, 0.0)
     tl.store(values + at, value, mask=rows < tokens)
-    if DIVERGENCE != LOGIT_MSE:
+    if DIVERGENCE != LOGIT_MSE and DIVERGENCE != FORWARD_KL:
         tl.store(statistics + 4 * size + at, row, mask=rows < tokens)
 
 
 @triton.jit
 def _dq_kernel(
-    q_t, k_t, q_s, k_s, real_keys, head_t_P, first_pair_H, statistics, gradient, dq,
+    q_t, k_t, q_s, k_s, real_keys, head_t_P, first_pair_H, statistics, gradient, values, dq,
     stride_qtb, stride_qth, stride_qtt, stride_qtd, stride_ktb, stride_kth, stride_ktt, stride_ktd,
     stride_qsb, stride_qsh, stride_qst, stride_qsd, stride_ksb, stride_ksh, stride_kst, stride_ksd,
     tokens, heads, pairs, size, scale_t, scale_s, beta,
     GROUP_T: tl.constexpr, GROUP_S: tl.constexpr,
     SIZE_T: tl.constexpr, SIZE_S: tl.constexpr, PADDED_T: tl.constexpr, PADDED_S: tl.constexpr,
-    DIVERGENCE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, VALUES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of one student head's queries, over all its pairs."""
+    """The gradient of one tile of one student head's queries, over all its pairs.
+
+    With VALUES also the values themselves, and the gradient of their plain sum over pairs: a
+    query's own gradient is a factor on its row, to be multiplied in when it is known.
+    """
     tiles = tl.cdiv(tokens, TILE_M)
     tile = tiles - 1 - tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
@@ -329,7 +342,10 @@ def _dq_kernel(
         )
         k_of_head = k_t + head_t // GROUP_T * stride_kth
         at = (batch * pairs + pair) * tokens + rows
-        g = tl.load(gradient + at, mask=rows < tokens, other=0.0)[:, None]
+        g = tl.full([TILE_M, 1], 1.0, tl.float32)
+        if not VALUES:
+            g = tl.load(gradient + at, mask=rows < tokens, other=0.0)[:, None]
+        value = tl.zeros([TILE_M], tl.float32)
         max_t, log_t, max_s, log_s, row = _statistics(
             statistics, size, at, rows < tokens, DIVERGENCE
         )
@@ -346,8 +362,12 @@ def _dq_kernel(
                     )
                     t = tl.where(seen, t, HIDDEN)
                     s = tl.where(seen, s, HIDDEN)
+                if VALUES:
+                    value += tl.sum(_value(t, s, beta, DIVERGENCE)[0], 1)
                 ds = _score_gradient(t, s, g, row[:, None], beta, DIVERGENCE)
                 total += tl.dot(ds.to(key_s.dtype), key_s, input_precision="ieee")
+        if VALUES:
+            tl.store(values + at, tl.maximum(value, 0.0), mask=rows < tokens)
 
     columns = tl.arange(0, PADDED_S)
     at = ((batch * heads + head_s) * tokens + rows)[:, None] * SIZE_S + columns[None, :]

@@ -1,8 +1,4 @@
-"""The host side of the Triton kernels: which sweeps a divergence takes, on which grid and tiles.
-
-Tile sizes are a table, not an autotuner's finding: a choice that depends on timing may differ from
-one process to the next, and with it the order of a sum.
-"""
+"""The host side of the Triton kernels: which sweeps a divergence takes, on which grid."""
 
 # B batch, H student heads, G their key heads, P pairs of heads, T tokens, D head size
 
@@ -15,37 +11,10 @@ from torch import Tensor
 
 from makd_kernels.attention_kl import kernel
 from makd_kernels.attention_kl.settings import Settings, statistics_of
-from makd_kernels.launching import INTERPRETED, Tiles, device_ints, padded_size
+from makd_kernels.attention_kl.tiles import tiles
+from makd_kernels.launching import Tiles, architecture, device_ints, padded_size
 
 CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "probability_mse": 3, "logit_mse": 4}
-
-# By kernel, then by the padded head size (the larger of both sides) up to which the tiles serve.
-# Not measured yet: the largest that spill nothing when compiled for sm_90 (`benchmarks.compiled`).
-TILES: dict[str, dict[int, Tiles]] = {
-    "kl": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 4, 2)},
-    "values": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2)},
-    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 8, 2)},
-    "dq jsd": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 16, 8, 2), 256: Tiles(64, 16, 8, 2)},
-    "dk": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
-}
-_FORWARD_FP32 = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}
-_BACKWARD_FP32 = _FORWARD_FP32 | {128: Tiles(16, 32, 4, 1)}
-TILES_FP32: dict[str, dict[int, Tiles]] = {
-    "kl": _FORWARD_FP32,
-    "values": _FORWARD_FP32,
-    "dq": _BACKWARD_FP32,
-    "dk": _BACKWARD_FP32,
-}
-
-
-def tiles(name: str, divergence: str, size: int, dtype: torch.dtype) -> Tiles:
-    """Tile sizes of a kernel for this divergence, padded head size and dtype."""
-    if INTERPRETED:
-        return Tiles(16, 16, 1, 1)
-    table = TILES.get(f"{name} {divergence}", TILES[name])
-    if dtype == torch.float32:
-        table = TILES_FP32[name]
-    return next(found for limit, found in table.items() if size <= limit)
 
 
 class Call:
@@ -77,49 +46,82 @@ class Call:
         if attention_mask_BT is not None:
             self.real_keys_BT = (attention_mask_BT != 0).contiguous()
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """((B, H, T) divergences, (statistics, B, P, T) for the backward)."""
-        divergence = self.settings.divergence
-        shape = (self.batch, self.pairs, self.tokens)
-        device = self.student[0].device
-        values_BPT = torch.empty(shape, dtype=torch.float32, device=device)
-        count = statistics_of(divergence)
-        statistics = torch.empty((count, *shape), dtype=torch.float32, device=device)
-        if values_BPT.numel() == 0:
-            return self._mean_over_pairs(values_BPT), statistics
-        if divergence != "logit_mse":
-            self._kl(values_BPT, statistics, teacher_first=divergence != "reverse_kl")
-        if not divergence.endswith("_kl"):
-            self._values(values_BPT, statistics)
-        return self._mean_over_pairs(values_BPT), statistics
+    def values(
+        self, lse_teacher_BHT: Tensor | None, lse_student_BHT: Tensor | None, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """((B, H, T) divergences, (statistics, B, P, T) and the plain dq_BHTD for the backward).
 
-    def gradients(self, grad_BHT: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's (dq_BHTD, dk_BGTD)."""
+        The log-sum-exps, where given, are usable ones of each side's own heads. `with_gradient`
+        says that a backward will follow; then a forward KL from given log-sum-exps has the gradient
+        of its plain sum made in the same sweep.
+        """
+        divergence = self.settings.divergence
+        values_BPT = self._empty(self.batch, self.pairs, self.tokens)
+        statistics = self._empty(statistics_of(divergence), *values_BPT.shape)
+        plain_dq_BHTD = self.student[0].new_empty(0)
+        if values_BPT.numel() == 0:
+            pass
+        elif lse_teacher_BHT is not None and lse_student_BHT is not None:
+            statistics[0] = lse_teacher_BHT[:, self.head_t_P]
+            statistics[2] = lse_student_BHT[:, self.head_s_P]
+            statistics[1::2].zero_()
+            if divergence == "forward_kl" and with_gradient:
+                plain_dq_BHTD = self._dq(values_BPT, statistics, values_BPT, values=True)
+            else:
+                self._values(values_BPT, statistics)
+        else:
+            if divergence != "logit_mse":
+                self._kl(values_BPT, statistics, teacher_first=divergence != "reverse_kl")
+            if not divergence.endswith("_kl"):
+                self._values(values_BPT, statistics)
+        return self._mean_over_pairs(values_BPT), statistics, plain_dq_BHTD
+
+    def gradients(
+        self, grad_BHT: Tensor, statistics: Tensor, plain_dq_BHTD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's (dq_BHTD, dk_BGTD), from what `values` returned."""
         gradient_BPT = self._per_pair(grad_BHT)
         q_BHTD, k_BGTD = self.student
-        dq_BHTD = torch.empty(q_BHTD.shape, dtype=q_BHTD.dtype, device=q_BHTD.device)
-        dk_BGTD = torch.empty(k_BGTD.shape, dtype=k_BGTD.dtype, device=k_BGTD.device)
-        if dq_BHTD.numel() == 0:
-            return dq_BHTD, dk_BGTD
+        if q_BHTD.numel() == 0:
+            return torch.empty_like(q_BHTD), torch.empty_like(k_BGTD)
         statistics = statistics if statistics.numel() else gradient_BPT
-        given = (*self.teacher, *self.student, self._mask(), self.head_t_P)
-        scales = (self.settings.scale_teacher, self.settings.scale_student, self.settings.beta)
-        tile = self._tiles("dq")
+        if plain_dq_BHTD.numel():
+            first_P = [*itertools.accumulate(self.counts, initial=0)][:-1]
+            row_BHT1 = gradient_BPT[:, first_P, :, None]
+            dq_BHTD = (plain_dq_BHTD * row_BHT1).to(q_BHTD.dtype)
+        else:
+            dq_BHTD = self._dq(gradient_BPT, statistics, gradient_BPT, values=False)
+        return dq_BHTD, self._dk(gradient_BPT, statistics)
+
+    def _dq(
+        self, values_BPT: Tensor, statistics: Tensor, gradient_BPT: Tensor, *, values: bool
+    ) -> Tensor:
+        """dq_BHTD; with `values` that of the plain sum over pairs, and `values_BPT` is filled."""
+        q_BHTD, _ = self.student
+        dq_BHTD = torch.empty(q_BHTD.shape, dtype=q_BHTD.dtype, device=q_BHTD.device)
+        tile = self._tiles("dq values" if values else "dq")
         grid = (triton.cdiv(self.tokens, tile.m) * self.batch * self.heads,)
         kernel._dq_kernel[grid](
-            *given, self.first_pair_H, statistics, gradient_BPT, dq_BHTD,
-            *self._strides(), self.tokens, self.heads, self.pairs, gradient_BPT.numel(), *scales,
+            *self.teacher, *self.student, self._mask(), self.head_t_P, self.first_pair_H,
+            statistics, gradient_BPT, values_BPT, dq_BHTD, *self._strides(), self.tokens,
+            self.heads, self.pairs, gradient_BPT.numel(), *self._scales(), VALUES=values,
             **self._constants(), **tile.options(),
         )  # fmt: skip
+        return dq_BHTD
+
+    def _dk(self, gradient_BPT: Tensor, statistics: Tensor) -> Tensor:
+        k_BGTD = self.student[1]
+        dk_BGTD = torch.empty(k_BGTD.shape, dtype=k_BGTD.dtype, device=k_BGTD.device)
         tile = self._tiles("dk")
         key_heads = k_BGTD.shape[1]
         grid = (triton.cdiv(self.tokens, tile.n) * self.batch * key_heads,)
         kernel._dk_kernel[grid](
-            *given, self.head_s_P, self.first_pair_H, statistics, gradient_BPT, dk_BGTD,
-            *self._strides(), self.tokens, key_heads, self.pairs, gradient_BPT.numel(), *scales,
+            *self.teacher, *self.student, self._mask(), self.head_t_P, self.head_s_P,
+            self.first_pair_H, statistics, gradient_BPT, dk_BGTD, *self._strides(), self.tokens,
+            key_heads, self.pairs, gradient_BPT.numel(), *self._scales(),
             **self._constants(), **tile.options(),
         )  # fmt: skip
-        return dq_BHTD, dk_BGTD
+        return dk_BGTD
 
     def _kl(self, values_BPT: Tensor, statistics: Tensor, teacher_first: bool) -> None:
         """Fill in KL(first || second) and the statistics of both sides."""
@@ -147,8 +149,7 @@ class Call:
         kernel._values_kernel[self._pair_grid(tile)](
             *self.teacher, *self.student, self._mask(), self.head_t_P, self.head_s_P,
             values_BPT, statistics if statistics.numel() else values_BPT,
-            *self._strides(), self.tokens, self.pairs, values_BPT.numel(),
-            self.settings.scale_teacher, self.settings.scale_student, self.settings.beta,
+            *self._strides(), self.tokens, self.pairs, values_BPT.numel(), *self._scales(),
             **self._constants(), **tile.options(),
         )  # fmt: skip
 
@@ -160,7 +161,14 @@ class Call:
         size = max(padded_size(tensor.shape[3]) for tensor in tensors)
         full = torch.float32 in (tensor.dtype for tensor in tensors)
         dtype = torch.float32 if full else tensors[0].dtype
-        return tiles(name, self.settings.divergence, size, dtype)
+        arch = architecture(tensors[0].device)
+        return tiles(name, self.settings.divergence, size, dtype, arch)
+
+    def _scales(self) -> tuple[float, float, float]:
+        return self.settings.scale_teacher, self.settings.scale_student, self.settings.beta
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.student[0].device)
 
     def _mask(self) -> Tensor:
         return self.teacher[0] if self.real_keys_BT is None else self.real_keys_BT

@@ -22,6 +22,8 @@ def attention_kl_op(
     q_student: Tensor,
     k_student: Tensor,
     mask: Tensor | None,
+    lse_teacher: Tensor | None,
+    lse_student: Tensor | None,
     pair_teacher: list[int],
     pair_counts: list[int],
     scale_teacher: float,
@@ -31,16 +33,18 @@ def attention_kl_op(
     divergence: str,
     beta: float,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """((B, H, T) divergences, (statistics, B, P, T) for the backward)."""
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((B, H, T) divergences, (statistics, B, P, T) and the plain dq for the backward)."""
     settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
     tensors = (q_teacher, k_teacher, q_student, k_student, mask)
     if impl == "torch":
-        values = blockwise.values(*tensors, settings)
-        return values, values.new_empty(0)
+        values = blockwise.values(*tensors, lse_teacher, lse_student, settings)
+        return values, values.new_empty(0), q_student.new_empty(0)
     from makd_kernels.attention_kl.launch import Call
 
-    return Call(*tensors, pair_teacher, pair_counts, settings).values()
+    call = Call(*tensors, pair_teacher, pair_counts, settings)
+    return call.values(lse_teacher, lse_student, with_gradient)
 
 
 @attention_kl_op.register_fake
@@ -50,20 +54,25 @@ def _(
     q_student: Tensor,
     k_student: Tensor,
     mask: Tensor | None,
+    lse_teacher: Tensor | None,
+    lse_student: Tensor | None,
     pair_teacher: list[int],
     pair_counts: list[int],
     *options: Any,
-) -> tuple[Tensor, Tensor]:
-    *choices, impl = options
+) -> tuple[Tensor, Tensor, Tensor]:
+    *choices, impl, with_gradient = options
     batch, heads, tokens, _ = q_student.shape
     dtype = torch.promote_types(q_teacher.dtype, q_student.dtype)
     values = q_student.new_empty(
         (batch, heads, tokens), dtype=torch.promote_types(dtype, torch.float32)
     )
     if impl == "torch":
-        return values, values.new_empty(0)
-    count = statistics_of(Settings(*choices).divergence)
-    return values, values.new_empty(count, batch, len(pair_teacher), tokens)
+        return values, values.new_empty(0), q_student.new_empty(0)
+    divergence = Settings(*choices).divergence
+    statistics = values.new_empty(statistics_of(divergence), batch, len(pair_teacher), tokens)
+    in_one_sweep = lse_student is not None and divergence == "forward_kl" and with_gradient
+    plain_dq = q_student.new_empty(q_student.shape if in_one_sweep else (0,))
+    return values, statistics, plain_dq
 
 
 @torch.library.custom_op("makd_kernels::attention_kl_backward", mutates_args=())
@@ -74,7 +83,10 @@ def attention_kl_backward_op(
     q_student: Tensor,
     k_student: Tensor,
     mask: Tensor | None,
+    lse_teacher: Tensor | None,
+    lse_student: Tensor | None,
     statistics: Tensor,
+    plain_dq: Tensor,
     pair_teacher: list[int],
     pair_counts: list[int],
     scale_teacher: float,
@@ -89,10 +101,11 @@ def attention_kl_backward_op(
     settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
     tensors = (q_teacher, k_teacher, q_student, k_student, mask)
     if impl == "torch":
-        return blockwise.gradients(*tensors, settings, grad)
+        return blockwise.gradients(*tensors, lse_teacher, lse_student, settings, grad)
     from makd_kernels.attention_kl.launch import Call
 
-    return Call(*tensors, pair_teacher, pair_counts, settings).gradients(grad, statistics)
+    call = Call(*tensors, pair_teacher, pair_counts, settings)
+    return call.gradients(grad, statistics, plain_dq)
 
 
 @attention_kl_backward_op.register_fake
@@ -107,15 +120,18 @@ def _(
     return q_student.new_empty(q_student.shape), k_student.new_empty(k_student.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.options = inputs[5:]
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    *ctx.options, _ = inputs[7:]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     dq, dk = attention_kl_backward_op(grad, *ctx.saved_tensors, *ctx.options)
-    teacher = mask = None
-    return (teacher, teacher, dq, dk, mask, *(None for _ in ctx.options))
+    teacher = mask = lse = with_gradient = None
+    options = (None for _ in ctx.options)
+    return (teacher, teacher, dq, dk, mask, lse, lse, *options, with_gradient)
 
 
 attention_kl_op.register_autograd(_backward, setup_context=_setup_context)

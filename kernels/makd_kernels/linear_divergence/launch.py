@@ -17,7 +17,14 @@ CODES = {
     "skew_reverse_kl": 4,
     "tvd": 5,
 }
-LARGEST_TILE, WARPS = 4096, 8
+WARPS = 8
+
+
+def tile_size(dtype: torch.dtype) -> int:
+    """How much of a row a program holds at a time."""
+    if INTERPRETED:
+        return 64
+    return 2048 if dtype == torch.float32 else 4096
 
 
 class Rows:
@@ -64,6 +71,6 @@ class Rows:
             LABELS=self.labels_N is not None,
             HEATED=self.settings.temperature != 1.0,
             GRADIENT=self.weights is not None,
-            TILE_V=64 if INTERPRETED else LARGEST_TILE,
+            TILE_V=tile_size(student_nV.dtype),
             num_warps=WARPS,
         )

@@ -44,21 +44,31 @@ def explain(rows: int, inputs: int, rank: int, outputs: int, impl: str = "torch"
 
     `impl` is "torch" or "triton", what impl="auto" chose by the device.
     """
-    through_factors = rows * rank * (inputs + outputs)
-    through_product = inputs * outputs * (rank + rows)
-    if through_product < through_factors:
-        return Path(
-            "dense",
-            f"rank {rank} is too high to save anything: {through_factors:.2e} multiplications "
-            f"through the factors, {through_product:.2e} through their product",
-        )
-    if impl == "triton" and rank <= LARGEST_CHAIN_RANK and rows >= FEWEST_CHAIN_ROWS:
-        return Path("chain", f"rank {rank} fits the chip, and {rows} rows fill it")
+    name = _way(rows, inputs, rank, outputs, impl)
+    factors, product = _multiplications(rows, inputs, rank, outputs)
+    counts = f"{factors:.2e} multiplications through the factors, {product:.2e} through the product"
     return Path(
-        "pair",
-        f"{through_factors:.2e} multiplications through the factors, {through_product:.2e} through "
-        "their product",
+        name,
+        {
+            "dense": f"rank {rank} is too high to save anything: {counts}",
+            "chain": f"rank {rank} fits the chip, and {rows} rows fill it",
+            "pair": counts,
+        }[name],
     )
+
+
+def _way(rows: int, inputs: int, rank: int, outputs: int, impl: str) -> str:
+    through_factors, through_product = _multiplications(rows, inputs, rank, outputs)
+    if through_product < through_factors:
+        return "dense"
+    if impl == "triton" and rank <= LARGEST_CHAIN_RANK and rows >= FEWEST_CHAIN_ROWS:
+        return "chain"
+    return "pair"
+
+
+def _multiplications(rows: int, inputs: int, rank: int, outputs: int) -> tuple[int, int]:
+    """(through the factors, through their product)"""
+    return rows * rank * (inputs + outputs), inputs * outputs * (rank + rows)
 
 
 def lowrank_linear(
@@ -95,7 +105,7 @@ def lowrank_linear(
         return lowrank_linear_reference(x_NK, down_RK, up_MR, bias_M)
     rows = x_NK.shape[:-1].numel()
     rank = down_RK.shape[0]
-    path = explain(rows, x_NK.shape[-1], rank, up_MR.shape[0], chosen).name
+    path = _way(rows, x_NK.shape[-1], rank, up_MR.shape[0], chosen)
     if impl == "triton":
         if rank > LARGEST_CHAIN_RANK or x_NK.dtype == torch.float64:
             raise ValueError(

@@ -37,8 +37,8 @@ def _chain_kernel(
         )  # fmt: skip
         total += tl.dot(left, right, input_precision="ieee")
     middle = total.to(out.dtype.element_ty)
-    at = rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
-    tl.store(narrow + at, middle, mask=inside & real[None, :])
+    narrow += rows.to(tl.int64)[:, None] * RANK + ranks[None, :]
+    tl.store(narrow, middle, mask=inside & real[None, :])
     for start in range(0, outputs, TILE_M):
         columns = start + tl.arange(0, TILE_M)
         right = tl.load(

@@ -6,17 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from makd_kernels.launching import INTERPRETED, Tiles, padded_size
+from makd_kernels.launching import INTERPRETED, Tiles, architecture, padded_size
 from makd_kernels.lowrank_linear import kernel
 
 
-def tiles(rank: int, dtype: torch.dtype) -> Tiles:
+def tiles(rank: int, dtype: torch.dtype, arch: int) -> Tiles:
     """Rows of a tile, and the inputs and outputs that it takes at a time."""
     if INTERPRETED:
         return Tiles(16, 16, 1, 1)
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2)
-    return Tiles(128, 64, 8, 3) if rank <= 128 else Tiles(64, 64, 8, 3)
+        return Tiles(32, 32, 4, 2) if rank <= 64 else Tiles(16, 32, 4, 2)
+    if rank <= 128:
+        return Tiles(128, 64, 8, 3)
+    return Tiles(64, 64, 8, 3) if arch >= 90 else Tiles(64, 32, 8, 2)
 
 
 def chain(
@@ -28,7 +30,7 @@ def chain(
     out_NM, narrow_NR = x_NK.new_empty(rows, outputs), x_NK.new_empty(rows, rank)
     if rows == 0:
         return out_NM, narrow_NR
-    tile = tiles(rank, x_NK.dtype)
+    tile = tiles(rank, x_NK.dtype, architecture(x_NK.device))
     kernel._chain_kernel[(triton.cdiv(rows, tile.m),)](
         x_NK, first_KR, second_RM, out_NM if bias_M is None else bias_M, narrow_NR, out_NM,
         rows, inputs, outputs, *x_NK.stride(), *first_KR.stride(), *second_RM.stride(),

@@ -12,11 +12,13 @@ from makd_kernels.lowrank_swiglu import kernel
 RANK_TILE = 64
 
 
-def tiles(dtype: torch.dtype) -> Tiles:
-    """Tile sizes for this dtype."""
+def tiles(dtype: torch.dtype, *, backward: bool) -> Tiles:
+    """Tile sizes, on any architecture."""
     if INTERPRETED:
         return Tiles(16, 16, 1, 1)
-    return Tiles(64, 64, 4, 2) if dtype == torch.float32 else Tiles(128, 128, 8, 3)
+    if dtype == torch.float32:
+        return Tiles(64, 64, 8, 2)
+    return Tiles(128, 64 if backward else 128, 8, 3)
 
 
 def forward(
@@ -69,7 +71,7 @@ def _launch(
     if rows == 0:
         return
     gate_up_MR, up_up_MS = gate_up_MR.contiguous(), up_up_MS.contiguous()
-    tile = tiles(out_NM.dtype)
+    tile = tiles(out_NM.dtype, backward=backward)
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(outputs, tile.n),)
     kernel._swiglu_kernel[grid](
         gate_NR, gate_up_MR, up_NS, up_up_MS, grad_NM, out_NM, grad_up_NM,
