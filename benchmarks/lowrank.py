@@ -4,8 +4,8 @@
 
 "two matmuls" is the plain way with autograd (for SwiGLU: twice, then silu and the product); "dense"
 is the matrix before it was factored, "torch.compile" the plain way compiled. "ours" takes the way
-that `explain` names; on a GPU each way of the dispatch also stands alone, so that its rule can be
-checked. The cases of the map (one matrix, ranks against rows) show where each way loses.
+that `explain` names; the ways that it chooses from also stand alone, so that its rule can be
+checked. The cases of the map (ranks against rows) show where a way loses.
 """
 
 import functools
@@ -36,11 +36,10 @@ def providers(op: str, device: str, rank: int) -> dict[str, Provider]:
         "dense": dense,
         "ours": function,
     }
-    if device == "cuda":
-        if op == "lowrank_swiglu":
-            found["ours, blockwise"] = functools.partial(function, impl="torch")
-        if op == "lowrank_swiglu" or rank <= LARGEST_CHAIN_RANK:
-            found["ours, Triton"] = functools.partial(function, impl="triton")
+    if op == "lowrank_swiglu":
+        found["ours, blockwise"] = functools.partial(function, impl="torch")
+    if device == "cuda" and (op == "lowrank_swiglu" or rank <= LARGEST_CHAIN_RANK):
+        found["ours, Triton"] = functools.partial(function, impl="triton")
     return found
 
 

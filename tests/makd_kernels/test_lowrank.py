@@ -9,14 +9,14 @@ from torch import Tensor
 from makd_kernels import lowrank_linear, lowrank_linear_packed, lowrank_swiglu
 from makd_kernels.lowrank_linear import explain
 from makd_kernels.lowrank_swiglu import blockwise
+from makd_kernels.lowrank_swiglu import explain as explain_swiglu
 from makd_llm.testing import assert_no_worse_than_eager
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows at the sizes of a test."""
-    monkeypatch.setattr(blockwise, "SHORTEST_BLOCK", 3)
-    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS_CPU", 40)
+    monkeypatch.setattr(blockwise, "BLOCK_ROWS_CPU", 3)
 
 
 def factors(
@@ -88,9 +88,8 @@ def test_leading_dimensions_and_strides_are_kept() -> None:
     x, gate, up = rows(3, 2, 10), factors(10, 4, 7, 1), factors(10, 5, 7, 2)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert lowrank_linear(x, *gate).shape == (3, 2, 7)
-    torch.testing.assert_close(
-        lowrank_swiglu(strided, gate, up), lowrank_swiglu(x, gate, up, impl="reference")
-    )
+    blocks = lowrank_swiglu(strided, gate, up, impl="torch")
+    torch.testing.assert_close(blocks, lowrank_swiglu(x, gate, up, impl="reference"))
 
 
 def test_packed_equals_one_by_one() -> None:
@@ -112,7 +111,7 @@ def test_swiglu_keeps_no_wide_tensor() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     ):
-        lowrank_swiglu(x.requires_grad_(), gate, up).sum()
+        lowrank_swiglu(x.requires_grad_(), gate, up, impl="torch").sum()
     assert max(kept) <= max(64 * 8, 100 * 3), kept
 
 
@@ -121,6 +120,13 @@ def test_the_way_is_explained() -> None:
     high = explain(4096, 576, 500, 1536)
     assert high.name == "dense" and "rank 500" in high.why
     assert explain(2, 576, 500, 1536).name == "pair", "two rows do not pay for the product"
+
+
+def test_the_way_of_swiglu_is_explained() -> None:
+    assert explain_swiglu(64, 64).name == "pair", "on a CPU the fused way is slower"
+    assert explain_swiglu(64, 128, "triton").name == "fused"
+    high = explain_swiglu(64, 512, "triton")
+    assert high.name == "pair" and "rank 512" in high.why
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,14 @@
     from makd_kernels import lowrank_swiglu
     y = lowrank_swiglu(x, (gate.down, gate.up), (up.down, up.up))
 
-Both wide products, `N x M` each, live only for a block of rows; between forward and backward the
-narrow ones are kept, `N x R`.
+Two ways exist, and `explain` says which one a shape takes and why:
+
+* "pair": two matmuls for each side, then silu and the product. Autograd keeps three wide tensors,
+  `N x M` each, for the backward.
+* "fused": both wide products live only for a tile (Triton) or a block of rows (torch); what is kept
+  is narrow, `N x R`, and the backward makes the wide products again, two matmuls more. Where memory
+  traffic is the limit, on a GPU at small rank, that is the faster way; on a CPU it halves the
+  memory and takes longer (benchmarks/results), so there it has to be asked for: `impl="torch"`.
 """
 
 # N rows, K inputs, R rank, M outputs
@@ -13,11 +19,25 @@ import torch
 from torch import Tensor
 
 from makd_kernels.dispatch import choose
-from makd_kernels.lowrank_linear import check_factors
+from makd_kernels.lowrank_linear import Path, check_factors
 from makd_kernels.lowrank_swiglu.op import lowrank_swiglu_op
 from makd_kernels.lowrank_swiglu.reference import Factors, lowrank_swiglu_reference
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
+LARGEST_FUSED_RANK = 256  # beyond it two more matmuls cost more than the traffic that they save
+
+
+def explain(gate_rank: int, up_rank: int, impl: str = "torch") -> Path:
+    """The way that `lowrank_swiglu(impl="auto")` takes.
+
+    `impl` is "torch" or "triton", what impl="auto" means on the device.
+    """
+    if impl != "triton":
+        return Path("pair", "making the wide products twice takes longer than keeping them")
+    rank = max(gate_rank, up_rank)
+    if rank > LARGEST_FUSED_RANK:
+        return Path("pair", f"rank {rank} makes the wide products too dear to be made twice")
+    return Path("fused", f"at rank {rank} memory traffic is the limit, not the matmuls")
 
 
 def lowrank_swiglu(x_NK: Tensor, gate: Factors, up: Factors, *, impl: str = "auto") -> Tensor:
@@ -26,22 +46,24 @@ def lowrank_swiglu(x_NK: Tensor, gate: Factors, up: Factors, *, impl: str = "aut
     Args:
         x_NK: inputs, (..., K).
         gate, up: (down (R, K), up (M, R)) each; their ranks may differ.
-        impl: "torch" (blocks of rows), "triton" (one kernel for both wide products), "reference"
-            (holds them), or "auto": Triton on a GPU unless the inputs are float64, torch elsewhere.
+        impl: "torch" (fused, a block of rows at a time), "triton" (fused, one kernel for both wide
+            products), "reference" (the pair), or "auto": as `explain` says for the device.
 
     Returns:
-        (..., M) in the inputs' dtype. Gradients reach x and all four factors; the backward makes
-        the wide products again from the narrow ones.
+        (..., M) in the inputs' dtype. Gradients reach x and all four factors.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown impl.
         RuntimeError: impl="triton" where Triton cannot run.
     """
     chosen = choose(impl, IMPLEMENTATIONS, x_NK.device.type)
+    if impl == "auto" and (
+        x_NK.dtype == torch.float64
+        or explain(gate[0].shape[0], up[0].shape[0], chosen).name == "pair"
+    ):
+        chosen = "reference"
     if chosen == "triton" and x_NK.dtype == torch.float64:
-        if impl == "triton":
-            raise ValueError("impl='triton' computes in fp32, and x is float64; use impl='torch'")
-        chosen = "torch"
+        raise ValueError("impl='triton' computes in fp32, and x is float64; use impl='torch'")
     for name, factors in (("gate", gate), ("up", up)):
         check_factors(name, x_NK, *factors)
     if gate[1].shape[0] != up[1].shape[0]:

@@ -1,8 +1,7 @@
 """Low-rank SwiGLU a few rows at a time: its wide products live only as long as a block of rows.
 
-Eager torch keeps four tensors of N x M for the backward (gate, up, silu(gate), and the product's
-own) and walks main memory for each step between them. Here a block of rows makes its gate and up,
-combines them while they are in the cache, and forgets them. What is kept is the narrow x @ down^T
+Eager torch keeps three tensors of N x M for the backward: gate, up and silu(gate). Here a block of
+rows makes its gate and up, combines them, and forgets them. What is kept is the narrow x @ down^T
 of both sides; the backward makes the wide products again from that, two matmuls of rank R.
 """
 
@@ -12,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS_CPU = 2**18  # of one wide buffer, per thread; a block has up to three
-BLOCK_ELEMENTS_OTHER = 2**26
-SHORTEST_BLOCK = 32
+BLOCK_ROWS_CPU = 1024  # a factor is packed anew for every matmul, which few rows do not pay for
+BLOCK_ELEMENTS_OTHER = 2**26  # of one wide buffer; a block has up to three
 
 
 def forward(
@@ -83,10 +81,10 @@ class _Wide:
 
     def __init__(self, like_NM: Tensor, count: int) -> None:
         self.rows, width = like_NM.shape
-        elements = BLOCK_ELEMENTS_OTHER
-        if like_NM.device.type == "cpu":
-            elements = BLOCK_ELEMENTS_CPU * torch.get_num_threads()
-        self.block = max(1, min(self.rows, max(SHORTEST_BLOCK, elements // width)))
+        most = BLOCK_ROWS_CPU
+        if like_NM.device.type != "cpu":
+            most = max(1, BLOCK_ELEMENTS_OTHER // width)
+        self.block = max(1, min(self.rows, most))
         self.held = [like_NM.new_empty(self.block, width) for _ in range(count)]
 
     def blocks(self) -> list[slice]:
