@@ -19,7 +19,7 @@ from torch import Tensor
 from cases import ATTENTION_CPU, ATTENTION_GPU, AttentionCase
 from linear_ard import LinearARD
 from makd_kernels.attention_kl import attention_kl
-from measure import Rows, check, command, measured, relative_error, say
+from measure import Rows, check, command, measured, modes, relative_error, say
 
 Provider = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -107,6 +107,7 @@ def plain_flex(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> tuple[Tensor, Te
 
     aux = AuxRequest(lse=True)
     out, found = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True, return_aux=aux)
+    assert found.lse is not None, "it was asked for"
     return out, found.lse
 
 
@@ -154,7 +155,7 @@ def run(device: str, repeats: int) -> Rows:
             for divergence in ("forward_kl", "reverse_kl"):
                 if divergence == "reverse_kl" and case.name != "demo step" and device == "cpu":
                     continue
-                for mode in ("forward", "full"):
+                for mode in modes(dtype, device):
                     say(f"attention_kl: {case.name} {dtype} {divergence} {mode}")
                     rows += _case(case, dtype, divergence, mode, device, repeats)
     return rows

@@ -22,7 +22,7 @@ from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence,
     linear_cross_entropy_divergence_loss,
 )
-from measure import Rows, check, command, measured, relative_error, say
+from measure import Rows, check, command, measured, modes, relative_error, say
 
 CHECKED_TOKENS = 128
 LIGER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -154,7 +154,7 @@ def _case(case: LinearCase, dtype: torch.dtype, divergence: str, device: str, re
     teacher = 2 * case.tokens * case.vocab * case.teacher_size
     size = sum(t.numel() * t.element_size() for t in given)
     rows: Rows = []
-    for mode in ("forward", "full"):
+    for mode in modes(dtype, device):
         torch.compiler.reset()
         found = providers(device, divergence)
         calls = {name: call(given, provider, mode) for name, provider in found.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from cases import LOWRANK_CPU, LOWRANK_GPU, LOWRANK_MAP_CPU, LOWRANK_MAP_GPU, LowRankCase
 from makd_kernels import lowrank_linear, lowrank_swiglu
 from makd_kernels.lowrank_linear import LARGEST_CHAIN_RANK, explain
-from measure import Rows, check, command, measured, relative_error, say
+from measure import Rows, check, command, measured, modes, relative_error, say
 
 Provider = Callable[..., Tensor]
 MATRICES = {"lowrank_linear": 1, "lowrank_swiglu": 2}
@@ -96,7 +96,7 @@ def run(device: str, repeats: int) -> Rows:
         say(f"lowrank: {case.name} takes the way {path.name!r}: {path.why}")
         for dtype in (torch.bfloat16, torch.float32):
             for op in MATRICES:
-                for mode in ("forward", "full"):
+                for mode in modes(dtype, device):
                     rows += _case(op, case, dtype, mode, device, repeats)
     for case in of_map:
         say(f"lowrank: {case.name} {case.shape}")

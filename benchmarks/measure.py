@@ -50,7 +50,7 @@ def measured(
     times = milliseconds(calls, device, repeats)
     rows = []
     for name, (low, median, high) in times.items():
-        peak, saved = peak_megabytes(calls[name], device), saved_megabytes(calls[name], inputs)
+        peak, saved = megabytes(calls[name], inputs, device)
         registers, spills = triton_resources(calls[name], device)
         rate = flops / median / 1e9
         row: dict[str, object] = {
@@ -199,32 +199,11 @@ def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(times), high
 
 
-def peak_megabytes(call: Callable[[], object], device: str) -> float | None:
-    """Memory that `call` needed at once beyond what was held before; None where it is unknown."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists() or not reset.exists():
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls freed, or it hides this one's
-    reset.write_text("5", encoding="ascii")
-    held = _status_kilobytes(status, "VmRSS")
-    call()
-    return (_status_kilobytes(status, "VmHWM") - held) / 2**10
-
-
-def _status_kilobytes(status: Path, key: str) -> int:
-    lines = status.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def saved_megabytes(call: Callable[[], object], inputs: Iterable[Tensor]) -> float:
-    """What autograd keeps between forward and backward, beside the inputs themselves."""
+def megabytes(
+    call: Callable[[], object], inputs: Iterable[Tensor], device: str
+) -> tuple[float | None, float]:
+    """(memory that `call` needed at once beyond what was held before, None where it is unknown;
+    what autograd kept between forward and backward, beside the inputs)"""
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept: dict[int, int] = {}
 
@@ -235,8 +214,32 @@ def saved_megabytes(call: Callable[[], object], inputs: Iterable[Tensor]) -> flo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        peak = _peak(call, device)
+    return peak, sum(kept.values()) / 2**20
+
+
+def _peak(call: Callable[[], object], device: str) -> float | None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
         call()
-    return sum(kept.values()) / 2**20
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists() or not reset.exists():
+        call()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls freed, or it hides this one's
+    reset.write_text("5", encoding="ascii")
+    before = _status_kilobytes(status, "VmRSS")
+    call()
+    return (_status_kilobytes(status, "VmHWM") - before) / 2**10
+
+
+def _status_kilobytes(status: Path, key: str) -> int:
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def triton_resources(call: Callable[[], object], device: str) -> tuple[int | str, int | str]:
@@ -278,6 +281,11 @@ def check(op: str, provider: str, error: float, eager: float, dtype: torch.dtype
     """No number without a right result: ours may err 1.3 times as much as eager, plus rounding."""
     if not error <= 1.3 * eager + 4 * torch.finfo(dtype).eps:
         raise SystemExit(f"{op}, {provider}: error {error:.2e}, eager's {eager:.2e}; nothing timed")
+
+
+def modes(dtype: torch.dtype, device: str) -> tuple[str, ...]:
+    """What is measured: forward alone, and with the backward; in fp32 on a CPU only the latter."""
+    return ("full",) if device == "cpu" and dtype == torch.float32 else ("forward", "full")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -235,7 +235,8 @@ class DistilConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """What computes attention_kl and the head's losses; auto takes Triton on a GPU."""
+    """What computes attention_kl, the head's losses and low-rank products; auto takes Triton on a
+    GPU where the shape suits it."""
     train: TrainConfig = TrainConfig()
 
 

@@ -256,7 +256,7 @@ class Run:
             pad_id=pad_id_of(tokenizer),
         )
         model = Trained(
-            load_sharded(start, ds, self.dtype),
+            load_sharded(start, ds, self.dtype, self.config.distil.kernels),
             ds,
             gradient_checkpointing=train.gradient_checkpointing,
             schedule=build_schedule(train),
@@ -297,7 +297,7 @@ class Run:
 
     def _frozen(self, folder: Path, micro_batch_size: int) -> Frozen:
         ds = frozen_config(self.deepspeed, micro_batch_size=micro_batch_size)
-        return Frozen(load_sharded(folder, ds, self.dtype), ds)
+        return Frozen(load_sharded(folder, ds, self.dtype, self.config.distil.kernels), ds)
 
     def _factorize(self, teacher: Path, result: Path) -> None:
         settings = self.config.student

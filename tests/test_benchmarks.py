@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: the peers compute what ours computes, and no table is typed by hand."""
+"""The benchmarks' own parts: peers compute what ours computes, and no table is typed by hand."""
 
 import importlib
 import subprocess

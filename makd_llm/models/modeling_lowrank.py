@@ -20,6 +20,7 @@ these models.
 # Shapes: M outputs, K inputs, R rank.
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +50,21 @@ from transformers.pytorch_utils import Conv1D
 Ranks = int | list[int]  # of one matrix, or of the parts of a fused one
 
 
+def two_matmuls(
+    x: torch.Tensor, down_RK: torch.Tensor, up_MR: torch.Tensor, bias_M: torch.Tensor | None
+) -> torch.Tensor:
+    """(..., K) to (..., M)."""
+    return F.linear(F.linear(x, down_RK), up_MR, bias_M)
+
+
 class LowRankLinear(nn.Module):
     """y = up (down x) + bias, the factored form of `nn.Linear(in_features, out_features)`.
 
-    Parameters: `down` (R, K), `up` (M, R), `bias` (M,) or None.
+    Parameters: `down` (R, K), `up` (M, R), `bias` (M,) or None. `product` computes it; whoever has
+    a faster way for the device may put it there.
     """
+
+    product: Callable[..., torch.Tensor] = staticmethod(two_matmuls)
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
         super().__init__()
@@ -80,7 +91,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., M)."""
-        return F.linear(F.linear(x, self.down), self.up, self.bias)
+        return self.product(x, self.down, self.up, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """The product up @ down, (M, K), multiplied in fp32 or wider, in the factors' dtype."""

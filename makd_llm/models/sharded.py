@@ -6,7 +6,9 @@ largest thing a rank holds beside its shards is one module. Teacher, factorized 
 student are all such folders and all come this way.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,24 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from makd_kernels import lowrank_linear
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import TensorReader, read_config
 from makd_llm.errors import UserError
 from makd_llm.models.capture import CAPTURING_SDPA
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
-from makd_llm.models.modeling_lowrank import model_class_for
+from makd_llm.models.modeling_lowrank import LowRankLinear, model_class_for
 
 
-def load_sharded(folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> CausalModel:
+def load_sharded(
+    folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dtype, kernels: str = "auto"
+) -> CausalModel:
     """Builds the model of a folder and fills it.
 
     deepspeed_config: the JSON of the engine that will own the model; stage 3 in it partitions the
-    parameters. Collective: every rank calls it. Raises UserError for an unknown architecture or
-    missing tensors.
+    parameters. kernels: what computes low-rank products, as in the config. Collective: every rank
+    calls it. Raises UserError for an unknown architecture or missing tensors.
     """
     config = read_config(folder)
     family = family_of(config)
@@ -47,6 +52,8 @@ def load_sharded(folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dt
         )
     model.tie_weights()
     for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.product = _lowrank_product(kernels)
         # GPT-2's configs carry 0.1: noise in what is compared, and another gradient on every rank.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -56,6 +63,12 @@ def load_sharded(folder: Path, deepspeed_config: dict[str, Any], dtype: torch.dt
         model.to(distributed.device())
     _fill(model, folder, gathered=stage == 3)
     return CausalModel(model, family)
+
+
+def _lowrank_product(kernels: str) -> Callable[..., torch.Tensor]:
+    # "triton" asks for it where it is the way for the shape, which is what "auto" does on a GPU
+    impl = "auto" if kernels == "triton" else kernels
+    return partial(lowrank_linear, impl=impl)
 
 
 def _fill(model: PreTrainedModel, folder: Path, *, gathered: bool) -> None:

@@ -18,11 +18,20 @@ from makd_kernels.linear_divergence.op import (
     linear_rows_op,
     scale_op,
 )
+from makd_kernels.lowrank_linear.op import lowrank_chain_backward_op, lowrank_chain_op
 from makd_kernels.lowrank_swiglu.op import lowrank_swiglu_backward_op, lowrank_swiglu_op
 
 
+@pytest.fixture(autouse=True)
+def on_the_device(device: str):
+    """Tensors are made where the kernels run."""
+    with torch.device(device):
+        yield
+
+
 def normal(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
     return tensor.requires_grad_(grad)
 
 
@@ -41,7 +50,7 @@ def attention(grad: bool) -> tuple[Tensor, ...]:
     ("divergence", "known"),
     [("forward_kl", False), ("forward_kl", True), ("jsd", False), ("logit_mse", False)],
 )
-def test_attention_kl(device: str, impl: str, divergence: str, known: bool) -> None:
+def test_attention_kl(impl: str, divergence: str, known: bool) -> None:
     mask = torch.ones(2, 9)
     mask[0, :4] = 0
     lse = (normal(2, 2, 9, seed=4) + 9, normal(2, 2, 9, seed=5) + 9) if known else (None, None)
@@ -52,11 +61,12 @@ def test_attention_kl(device: str, impl: str, divergence: str, known: bool) -> N
     opcheck(attention_kl_backward_op, given)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("teacher", [True, False])
-def test_linear_divergence(teacher: bool) -> None:
+def test_linear_divergence(teacher: bool, impl: str) -> None:
     sides = (normal(5, 6, seed=2), normal(30, 6, seed=3)) if teacher else (None, None)
     labels = torch.tensor([1, -100, 3, 27, 0])
-    options = ("forward_kl", 0.5, 0.1, 1.0, 28, None, "torch")
+    options = ("forward_kl", 0.5, 0.1, 1.0, 28, None, impl)
     student = normal(5, 4, grad=True), normal(28, 4, seed=1, grad=True)
     opcheck(linear_rows_op, (*student, labels, *sides, *options))
     fixed = tuple(t.detach() for t in student)
@@ -69,13 +79,23 @@ def test_linear_divergence(teacher: bool) -> None:
     opcheck(scale_op, (normal(3), torch.tensor(2.0), 0.5))
 
 
-def test_lowrank_swiglu() -> None:
+def test_lowrank_chain() -> None:
+    x, down, up, bias = (
+        normal(*shape, seed=i, grad=True) for i, shape in enumerate(((5, 4), (2, 4), (7, 2), (7,)))
+    )
+    opcheck(lowrank_chain_op, (x, down, up, bias))
+    fixed = [t.detach() for t in (x, down, up)]
+    opcheck(lowrank_chain_backward_op, (normal(5, 7), *fixed, normal(5, 2)))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_lowrank_swiglu(impl: str) -> None:
     shapes = ((5, 4), (2, 4), (7, 2), (3, 4), (7, 3))
     tensors = [normal(*shape, seed=i, grad=True) for i, shape in enumerate(shapes)]
-    opcheck(lowrank_swiglu_op, (*tensors, "torch"))
+    opcheck(lowrank_swiglu_op, (*tensors, impl))
     fixed = [t.detach() for t in tensors]
     narrow = (normal(5, 2), normal(5, 3))
-    opcheck(lowrank_swiglu_backward_op, (normal(5, 7), *fixed, *narrow, "torch"))
+    opcheck(lowrank_swiglu_backward_op, (normal(5, 7), *fixed, *narrow, impl))
 
 
 def all_ops(

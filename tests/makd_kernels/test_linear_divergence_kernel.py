@@ -110,3 +110,10 @@ def test_without_teacher_it_is_cross_entropy(device: str) -> None:
         for impl in ("triton", "reference")
     )
     torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("op", ["rows", "loss"])
+def test_is_deterministic(device: str, op: str) -> None:
+    tensors = problem(device, torch.bfloat16)
+    first, second = (run(op, tensors, impl="triton", divergence="jsd") for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

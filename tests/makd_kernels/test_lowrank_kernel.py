@@ -68,6 +68,14 @@ def test_swiglu_is_no_worse_than_eager(
     assert_right(swiglu, tensors)
 
 
+def test_is_deterministic(device: str) -> None:
+    shapes = ((33, 24), (8, 24), (35, 8), (8, 24), (35, 8))
+    tensors = [normal(device, torch.bfloat16, *shape, seed=i) for i, shape in enumerate(shapes)]
+    for function, given in ((lowrank_linear, tensors[:3]), (swiglu, tensors)):
+        first, second = (run(function, *given, impl="triton") for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_what_the_kernels_cannot_take_is_named(device: str) -> None:
     x, down, up = (
         normal(device, torch.float32, 4, 8),

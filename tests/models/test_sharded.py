@@ -1,0 +1,39 @@
+"""A loaded model's low-rank products go through the kernels, as the config says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from makd_llm.models import sharded
+from makd_llm.models.modeling_lowrank import (
+    LowRankLinear,
+    lowrank_config,
+    model_class_for,
+    two_matmuls,
+)
+
+CONFIG = {"train_micro_batch_size_per_gpu": 1}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"), [("auto", "auto"), ("triton", "auto"), ("reference", "reference")]
+)
+def test_low_rank_products(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str, expected: str
+) -> None:
+    ranks = {"model.layers.0.self_attn.q_proj": 4, "model.layers.3.mlp.up_proj": 9}
+    config = lowrank_config(LlamaConfig.from_pretrained(tiny / "teacher"), ranks)
+    model_class_for(config)(config).save_pretrained(tmp_path)
+    asked: list[str] = []
+
+    def recorded(*tensors: torch.Tensor, impl: str) -> torch.Tensor:
+        asked.append(impl)
+        return two_matmuls(*tensors)
+
+    monkeypatch.setattr(sharded, "lowrank_linear", recorded)
+    model = sharded.load_sharded(tmp_path, CONFIG, torch.float32, kernels).model
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    factored = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    assert len(factored) == 2 and asked == [expected] * 2
