@@ -80,7 +80,7 @@ VARIANTS = {
     "dq": ("forward_kl", "reverse_kl", "jsd", "probability_mse", "logit_mse"),
     "dq values": ("forward_kl",),
     "dk": ("forward_kl", "reverse_kl", "jsd", "probability_mse", "logit_mse"),
-    "chain": ("plain", "biased"),
+    "chain": ("forward", "biased", "backward"),
 }
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
@@ -90,7 +90,7 @@ def cases() -> Iterator[Case]:
     for kernel, names in VARIANTS.items():
         for size, name, dtype in itertools.product(SIZES, names, DTYPES):
             yield Case(kernel, name, size, dtype)
-            if name in ("kl", "forward_kl") and dtype == "bfloat16":
+            if dtype == "bfloat16" and kernel != "chain":
                 yield Case(kernel, name, size, dtype, masked=True)
     for name, dtype in itertools.product(("forward", "backward"), DTYPES):
         yield Case("swiglu", name, 0, dtype)
@@ -196,11 +196,12 @@ def _chain(case: Case, arch: int, tiles: Tiles | None) -> Build:
 
     from makd_kernels.lowrank_linear import kernel, launch
 
+    backward = case.variant == "backward"
     tile = tiles or launch.tiles(case.size, getattr(torch, case.dtype), arch)
     constants = {
         "stride_xk": 1,
-        "stride_fk": 1,  # the factors as linear layers keep them, transposed
-        "stride_sr": 1,
+        # the factors as linear layers keep them: transposed in the forward
+        **({"stride_fr": 1, "stride_sm": 1} if backward else {"stride_fk": 1, "stride_sr": 1}),
         "BIAS": case.variant == "biased",
         "RANK": case.size,
         "PADDED_R": case.size,
@@ -288,6 +289,8 @@ def main() -> None:
             f"the budget in {BUDGET.name} is of triton {recorded.get('triton')}, and this is "
             f"{version}: install that one, or record a budget with --update"
         )
+    if arguments.update and (arguments.only or arguments.arch) and recorded["triton"] != version:
+        raise SystemExit("a budget of another triton is recorded whole: no --only, no --arch")
     chosen = [case for case in cases() if arguments.only in case.name]
     wrong = 0
     for arch in [arguments.arch] if arguments.arch else sorted(SHARED_LIMIT, reverse=True):

@@ -12,7 +12,7 @@ cross-entropy and fused linear JSD.
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence,
     linear_cross_entropy_divergence_loss,
 )
-from measure import Rows, check, command, measured, modes, relative_error, say
+from measure import Rows, checked, command, measured, modes, say
 
 CHECKED_TOKENS = 128
 LIGER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -124,31 +124,24 @@ def _errors(case: LinearCase, dtype: torch.dtype, device: str, divergence: str) 
     chunk_bytes = given[0].shape[0] * case.vocab * 2 * dtype.itemsize // 3
     found = providers(device, divergence, chunk_bytes)
     truth = call(exact, found["eager"], "full")()
-    return {
-        name: relative_error(call(given, provider, "full")(), truth)
-        for name, provider in found.items()
-    }
+    calls = {name: call(given, provider, "full") for name, provider in found.items()}
+    return checked("linear_divergence", calls, truth, "eager", dtype)
 
 
-def run(device: str, repeats: int) -> Rows:
+def run(device: str, repeats: int) -> Iterator[Rows]:
     """Measure every case."""
     if importlib.util.find_spec("liger_kernel") is None:
         say("linear_divergence: liger-kernel is not installed, so its rows are missing")
-    rows: Rows = []
     for case in LINEAR_CPU if device == "cpu" else LINEAR_GPU:
         for dtype in (torch.bfloat16, torch.float32):
             for divergence in case.divergences:
                 say(f"linear_divergence: {case.name} {dtype} {divergence}")
-                rows += _case(case, dtype, divergence, device, repeats)
-    return rows
+                yield _case(case, dtype, divergence, device, repeats)
 
 
 def _case(case: LinearCase, dtype: torch.dtype, divergence: str, device: str, repeats: int) -> Rows:
     torch.compiler.reset()  # past a limit of recompilations it would run eager, in silence
     errors = _errors(case, dtype, device, divergence)
-    for name in errors:
-        if name.startswith("ours"):
-            check("linear_divergence", name, errors[name], errors["eager"], dtype)
     given = tensors(case, dtype, device)
     student = 2 * case.tokens * case.vocab * case.student_size
     teacher = 2 * case.tokens * case.vocab * case.teacher_size
@@ -157,7 +150,7 @@ def _case(case: LinearCase, dtype: torch.dtype, divergence: str, device: str, re
     for mode in modes(dtype, device):
         torch.compiler.reset()
         found = providers(device, divergence)
-        calls = {name: call(given, provider, mode) for name, provider in found.items()}
+        calls = {name: call(given, found[name], mode) for name in errors}
         rows += measured(
             "linear_divergence", f"{case.name}, {divergence}", case.shape, dtype, mode, calls,
             errors, given, flops=teacher + student * (1 if mode == "forward" else 3),

@@ -9,7 +9,7 @@ checked. The cases of the map (ranks against rows) show where a way loses.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cases import LOWRANK_CPU, LOWRANK_GPU, LOWRANK_MAP_CPU, LOWRANK_MAP_GPU, LowRankCase
 from makd_kernels import lowrank_linear, lowrank_swiglu
-from makd_kernels.lowrank_linear import LARGEST_CHAIN_RANK, explain
-from measure import Rows, check, command, measured, modes, relative_error, say
+from makd_kernels.lowrank_linear import FEWEST_CHAIN_ROWS, LARGEST_CHAIN_RANK, explain
+from measure import Rows, checked, command, measured, modes, say
 
 Provider = Callable[..., Tensor]
 MATRICES = {"lowrank_linear": 1, "lowrank_swiglu": 2}
@@ -84,25 +84,23 @@ def call(given: list[Tensor], provider: Provider, mode: str) -> Callable[[], lis
     return {"forward": forward, "full": full}[mode]
 
 
-def run(device: str, repeats: int) -> Rows:
+def run(device: str, repeats: int) -> Iterator[Rows]:
     """Measure every case in every dtype and mode, then the map."""
-    rows: Rows = []
     impl = "triton" if device == "cuda" else "torch"
     cases, of_map = (
         (LOWRANK_CPU, LOWRANK_MAP_CPU) if device == "cpu" else (LOWRANK_GPU, LOWRANK_MAP_GPU)
     )
     for case in cases:
-        path = explain(case.rows, case.inputs, case.rank, case.outputs, impl)
-        say(f"lowrank: {case.name} takes the way {path.name!r}: {path.why}")
         for dtype in (torch.bfloat16, torch.float32):
+            path = explain(case.rows, case.inputs, case.rank, case.outputs, impl, dtype)
+            say(f"lowrank: {case.name} {dtype} takes the way {path.name!r}: {path.why}")
             for op in MATRICES:
                 for mode in modes(dtype, device):
-                    rows += _case(op, case, dtype, mode, device, repeats)
+                    yield _case(op, case, dtype, mode, device, repeats)
     for case in of_map:
         say(f"lowrank: {case.name} {case.shape}")
         for op in MATRICES:
-            rows += _case(op, case, torch.bfloat16, "full", device, repeats)
-    return rows
+            yield _case(op, case, torch.bfloat16, "full", device, repeats)
 
 
 def _case(
@@ -110,20 +108,12 @@ def _case(
 ) -> Rows:
     torch.compiler.reset()  # past a limit of recompilations it would run eager, in silence
     errors = _errors(op, case, dtype, mode, device)
-    for name in errors:
-        if name.startswith("ours"):
-            check(op, name, errors[name], errors["two matmuls"], dtype)
     torch.compiler.reset()
     matrices = MATRICES[op]
     given = tensors(case, matrices, dtype, device)
     dense = [given[0], *(up @ down for down, up in zip(given[1::2], given[2::2], strict=True))]
     found = providers(op, device, case.rank)
-    if case.name == "map":
-        del found["torch.compile"]
-    calls = {
-        name: call(dense if name == "dense" else given, provider, mode)
-        for name, provider in found.items()
-    }
+    calls = {n: call(dense if n == "dense" else given, found[n], mode) for n in errors}
     flops = 2 * matrices * case.rows * case.rank * (case.inputs + case.outputs)
     size = sum(t.numel() * t.element_size() for t in given)
     size += case.rows * case.outputs * dtype.itemsize
@@ -140,14 +130,16 @@ def _errors(
     """Error of each provider against float64 on the first rows of the case."""
     found = providers(op, device, case.rank)
     del found["dense"]  # another matrix: rounded once more
-    small = tensors(case._replace(rows=64), MATRICES[op], dtype, device)
+    if case.name == "map":
+        del found["torch.compile"]
+    # on a GPU with as many rows as it takes for the way that is timed
+    rows = 64 if device == "cpu" else min(case.rows, FEWEST_CHAIN_ROWS)
+    small = tensors(case._replace(rows=rows), MATRICES[op], dtype, device)
     truth = call([t.double() for t in small], found["two matmuls"], mode)()
-    errors = {
-        name: relative_error(call(small, provider, mode)(), truth)
-        for name, provider in found.items()
-    }
+    calls = {name: call(small, provider, mode) for name, provider in found.items()}
+    errors = checked(op, calls, truth, "two matmuls", dtype)
     return errors | {"dense": float("nan")}
 
 
 if __name__ == "__main__":
-    command(__doc__, "lowrank", run, repeats=15)
+    command(__doc__, "lowrank", run, repeats=25)

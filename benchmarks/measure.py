@@ -1,8 +1,8 @@
 """Time, memory and error of a call, beside the machine's own ceilings, as rows of one table.
 
-Every row says where it was measured. A provider is timed only after its result was checked against
-float64, and all providers of a case take turns, so that a machine that is now fast and now slow is
-so for all of them.
+Every row says where it was measured, and its error against float64; ours is timed only after that
+was held against eager's. On a CPU all providers of a case take turns, so that a machine that is now
+fast and now slow is so for all of them; on a GPU each is timed by Triton's do_bench.
 """
 
 import argparse
@@ -10,11 +10,13 @@ import csv
 import ctypes
 import functools
 import platform
+import random
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,8 @@ def measured(
 ) -> Rows:
     """One row for each provider in `calls`, which all read `inputs`.
 
-    `flops` are the useful floating-point operations of the case, the same for every provider: what
-    an implementation computes twice is its own loss. `traffic` is the least that must be read and
-    written, in bytes.
+    `flops` are the floating-point operations that the case is worth, the same for every provider.
+    `traffic` is the least that must be read and written, in bytes.
     """
     times = milliseconds(calls, device, repeats)
     rows = []
@@ -110,13 +111,13 @@ def write(rows: Sequence[Mapping[str, object]], target: Path) -> None:
 @functools.cache
 def where(device: str) -> dict[str, object]:
     """The machine, the versions and the commit, for every row."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = "unknown"
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        commit = done.stdout.strip() or commit
     return {
         "device": machine(device),
         "threads": torch.get_num_threads(),
@@ -163,7 +164,7 @@ def copy_rate(device: str) -> float:
     return 2 * source.numel() * source.element_size() / median / 1e6
 
 
-FEWEST_REPEATS, LONGEST_S = 3, 40.0
+FEWEST_REPEATS, LONGEST_S, QUICK_S = 3, 40.0, 0.1
 
 
 def milliseconds(
@@ -171,25 +172,34 @@ def milliseconds(
 ) -> dict[str, tuple[float, float, float]]:
     """(20 %, median, 80 %) for each call.
 
-    On a CPU the calls take turns, `repeats` times each; once LONGEST_S have gone by, FEWEST_REPEATS
-    are enough.
+    On a CPU the calls take turns, `repeats` times each, in an order that changes from round to
+    round; a quick one runs once more before it is timed, so that none has its inputs in the cache
+    only because of the one before. Once LONGEST_S have gone by, FEWEST_REPEATS are enough.
     """
     if device != "cpu":
         from triton.testing import do_bench
 
         quantiles = (0.2, 0.5, 0.8)
         return {name: tuple(do_bench(call, quantiles=quantiles)) for name, call in calls.items()}
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+    spent: dict[str, list[float]] = {name: [_seconds(call)] for name, call in calls.items()}
+    order, shuffle = list(calls), random.Random(0).shuffle
     began = time.perf_counter()
-    for repeat in range(repeats + 1):
-        if repeat > FEWEST_REPEATS and time.perf_counter() - began > LONGEST_S:
+    for repeat in range(repeats):
+        if repeat >= FEWEST_REPEATS and time.perf_counter() - began > LONGEST_S:
             break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if repeat > 0:  # the first turn warms up
-                spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _quantiles(times) for name, times in spent.items()}
+        shuffle(order)
+        for name in order:
+            if spent[name][-1] < QUICK_S:
+                calls[name]()
+            spent[name].append(_seconds(calls[name]))
+    # the first warmed up
+    return {name: _quantiles([1e3 * each for each in times[1:]]) for name, times in spent.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -243,7 +253,7 @@ def _status_kilobytes(status: Path, key: str) -> int:
 
 
 def triton_resources(call: Callable[[], object], device: str) -> tuple[int | str, int | str]:
-    """(most registers a thread, spilled bytes in all) of the Triton kernels that `call` launches.
+    """(most registers a thread, 32-bit words spilled) of the Triton kernels that `call` launches.
 
     Empty where there are none. torch.compile launches its kernels by a way of its own, unseen here.
     """
@@ -271,14 +281,40 @@ def triton_resources(call: Callable[[], object], device: str) -> tuple[int | str
 
 def relative_error(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
     """Largest error over all tensors, each relative to the largest entry of its truth."""
-    return max(
-        float((one.double() - other.double()).abs().max() / other.abs().max().clamp_min(1e-30))
+    errors = [
+        (one.double() - other.double()).abs().max() / other.abs().max().clamp_min(1e-30)
         for one, other in zip(found, truth, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())  # NaN where one is; Python's max would lose it
+
+
+def checked(
+    op: str,
+    calls: Mapping[str, Call],
+    truth: Sequence[Tensor],
+    plain: str,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Each provider's error; ours is held against that of `plain`.
+
+    A rival that fails is named and left out; where ours fails, everything stops.
+    """
+    errors = {}
+    for name, call in calls.items():
+        try:
+            errors[name] = relative_error(call(), truth)
+        except RuntimeError as failure:  # out of memory is one, too
+            if name == plain or name.startswith("ours"):
+                raise
+            say(f"{op}: {name} fails here and is left out: {str(failure).splitlines()[0]}")
+    for name, error in errors.items():
+        if name.startswith("ours"):
+            check(op, name, error, errors[plain], dtype)
+    return errors
 
 
 def check(op: str, provider: str, error: float, eager: float, dtype: torch.dtype) -> None:
-    """No number without a right result: ours may err 1.3 times as much as eager, plus rounding."""
+    """No number without a right result: ours may err 1.3 times as much as eager, plus four eps."""
     if not error <= 1.3 * eager + 4 * torch.finfo(dtype).eps:
         raise SystemExit(f"{op}, {provider}: error {error:.2e}, eager's {eager:.2e}; nothing timed")
 
@@ -293,7 +329,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def command(doc: str | None, op: str, run: Callable[[str, int], Rows], *, repeats: int) -> None:
+def command(
+    doc: str | None, op: str, run: Callable[[str, int], Iterator[Rows]], *, repeats: int
+) -> None:
     """What `python benchmarks/<op>.py` does: measure one operation and write its table."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -304,8 +342,15 @@ def command(doc: str | None, op: str, run: Callable[[str, int], Rows], *, repeat
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     print_header()
     target = arguments.out or RESULTS / f"{op}_{arguments.device}.csv"
-    write(run(arguments.device, arguments.repeats), target)
+    collect([], run(arguments.device, arguments.repeats), target)
     say(f"written {target}")
+
+
+def collect(rows: Rows, cases: Iterable[Rows], target: Path) -> None:
+    """Add each case's rows, and write all: what is measured stays, whatever comes after."""
+    for found in cases:
+        rows += found
+        write(rows, target)
 
 
 def say(text: str) -> None:

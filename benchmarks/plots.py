@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>"
 LOSS = 1.03
 
 
@@ -31,7 +32,7 @@ def draw(table: Path) -> list[Path]:
 def _attention(rows: list[dict[str, str]], table: Path) -> Path | None:
     """attention_kl, forward and backward in bf16: useful TFLOP/s and peak MB against T."""
     series: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    ceiling = 0.0
+    ceiling, best = 0.0, 0.0
     for row in rows:
         by_length = row["case"].startswith("T ") and row["case"].endswith("forward_kl")
         if row["op"] == "attention_kl" and by_length and row["mode"] == "full":
@@ -40,14 +41,16 @@ def _attention(rows: list[dict[str, str]], table: Path) -> Path | None:
             tokens = int(row["case"].removeprefix("T ").split(",")[0])
             rate, memory = float(row["useful_TFLOP/s"]), float(row["peak_MB"] or "nan")
             series[row["provider"]].append((tokens, rate, memory))
-            ceiling = rate / float(row["of_matmul_peak"].rstrip("%")) * 100
+            share = float(row["of_matmul_peak"].rstrip("%")) / 100
+            if share > best:  # the share is rounded, least so where it is large
+                best, ceiling = share, rate / share
     if not series:
         return None
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     speed, memory_axes = figure.subplots(1, 2)
-    for marker, (name, points) in zip(MARKERS, sorted(series.items()), strict=False):
+    for marker, (name, points) in zip(itertools.cycle(MARKERS), series.items(), strict=False):
         lengths, rates, memories = zip(*sorted(points), strict=True)
         speed.plot(lengths, rates, marker=marker, label=name)
         memory_axes.plot(lengths, memories, marker=marker, label=name)

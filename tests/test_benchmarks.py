@@ -46,10 +46,12 @@ def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("interpreted", [True, False], ids=["Triton", "torch"])
-def test_linear_ard(load, monkeypatch: pytest.MonkeyPatch, interpreted: bool) -> None:
+@pytest.mark.parametrize("by_triton", [True, False], ids=["Triton", "torch"])
+def test_linear_ard(load, monkeypatch: pytest.MonkeyPatch, by_triton: bool) -> None:
+    if by_triton and torch.cuda.is_available():
+        pytest.skip("where there is a GPU, Triton compiles for it and takes no CPU tensors")
     module = load("linear_ard")
-    monkeypatch.setattr(module, "INTERPRETED", interpreted)
+    monkeypatch.setattr(module, "INTERPRETED", by_triton)
     monkeypatch.setattr(module, "TILE_CPU", 16)
     given = sides()
     assert_close(with_gradients(attention_kl, given), with_gradients(module.LinearARD.apply, given))
@@ -77,6 +79,23 @@ def test_liger(load, divergence: str) -> None:
 def test_a_wrong_result_is_not_timed(load) -> None:
     with pytest.raises(SystemExit, match="nothing timed"):
         load("measure").check("op", "ours", error=0.1, eager=0.01, dtype=torch.bfloat16)
+
+
+def test_a_wrong_gradient_is_seen_behind_right_values(load) -> None:
+    right, wrong = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    error = load("measure").relative_error([right, wrong], [right, right])
+    assert error != error
+
+
+def test_a_rival_that_fails_is_left_out_and_ours_stops_everything(load) -> None:
+    def fails() -> list[Tensor]:
+        raise RuntimeError("out of something")
+
+    measure, right = load("measure"), [torch.ones(3)]
+    calls = {"eager": lambda: right, "rival": fails, "ours": lambda: right}
+    assert list(measure.checked("op", calls, right, "eager", torch.float32)) == ["eager", "ours"]
+    with pytest.raises(RuntimeError, match="out of something"):
+        measure.checked("op", calls | {"ours": fails}, right, "eager", torch.float32)
 
 
 def test_the_readme_shows_what_was_measured() -> None:

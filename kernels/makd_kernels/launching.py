@@ -31,10 +31,13 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Whose tiles to take on this device: 90 for Hopper and later, 80 for anything before."""
+    """Whose tiles to take on this device: 90 for Hopper and the large Blackwells, 80 elsewhere.
+
+    The small Blackwells (sm_120) have no more shared memory than sm_86.
+    """
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return 80
-    return 90 if torch.cuda.get_device_capability(device)[0] >= 9 else 80
+    return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
 
 
 def padded_size(size: int) -> int:

@@ -21,7 +21,8 @@ def test_a_budget_of_another_triton_is_refused(tmp_path: Path) -> None:
         "import compiled, pathlib; compiled.BUDGET = pathlib.Path('other.json'); compiled.main()"
     )
     (tmp_path / "other.json").write_text('{"triton": "0.1"}')
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT / "benchmarks")}
+    paths = os.pathsep.join(str(CHECKOUT / name) for name in ("benchmarks", "kernels"))
+    environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,

@@ -14,11 +14,17 @@ Side = tuple[Tensor, Tensor]
 
 
 def side(
-    device: str, heads: int = 2, groups: int = 1, size: int = 16, seed: int = 0, gain: float = 1.0
+    device: str,
+    heads: int = 2,
+    groups: int = 1,
+    size: int = 16,
+    seed: int = 0,
+    gain: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Side:
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(2, n, 21, size, generator=generator) for n in (heads, groups))
-    return (q * gain).to(device), k.to(device)
+    return (q * gain).to(device, dtype), k.to(device, dtype)
 
 
 def log_sum_exp(given: Side, mask: Tensor | None = None, causal: bool = True) -> Tensor:
@@ -26,7 +32,7 @@ def log_sum_exp(given: Side, mask: Tensor | None = None, causal: bool = True) ->
     q, k = given
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     visible = visible_keys(q.shape[2], causal, None, mask, q.device)
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    scores = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
     return scores.logsumexp(-1)
 
 
@@ -60,6 +66,14 @@ def assert_right(teacher: Side, student: Side, impl: str, slack: float = 2.0, **
 def test_no_worse_than_eager(device: str, impl: str, divergence: str, causal: bool) -> None:
     given = side(device), side(device, seed=1)
     assert_right(*given, impl, slack=3.0, divergence=divergence, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_half_precision(device: str, impl: str, dtype: torch.dtype) -> None:
+    cut_off = impl == "triton" and device == "cpu" and dtype == torch.bfloat16
+    slack = 6.0 if cut_off else 3.0  # the interpreter rounds to bf16 by cutting off
+    assert_right(side(device, dtype=dtype), side(device, seed=1, dtype=dtype), impl, slack)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

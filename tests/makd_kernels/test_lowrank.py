@@ -92,6 +92,14 @@ def test_leading_dimensions_and_strides_are_kept() -> None:
     torch.testing.assert_close(blocks, lowrank_swiglu(x, gate, up, impl="reference"))
 
 
+def test_autocast_does_what_it_does_to_a_linear_layer() -> None:
+    x, (down, up) = rows(4, 10).float(), (t.float() for t in factors(10, 4, 7, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lowrank_linear(x.bfloat16(), down, up)
+        expected = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
 def test_packed_equals_one_by_one() -> None:
     x = rows(9, 10)
     matrices = [factors(10, rank, outputs, rank) for rank, outputs in ((4, 12), (2, 6), (3, 6))]
@@ -120,6 +128,9 @@ def test_the_way_is_explained() -> None:
     high = explain(4096, 576, 500, 1536)
     assert high.name == "dense" and "rank 500" in high.why
     assert explain(2, 576, 500, 1536).name == "pair", "two rows do not pay for the product"
+    assert explain(2**15, 576, 64, 1536, "triton").name == "chain"
+    assert explain(2**15, 576, 64, 1536, "triton", torch.float32).name == "pair"
+    assert explain(2048, 576, 64, 1536, "triton").name == "pair", "too few tiles for the chip"
 
 
 def test_the_way_of_swiglu_is_explained() -> None:

@@ -75,7 +75,9 @@ def attention_kl(
             over the keys that a query sees, where both attentions have made them (flash attention
             does); they save a sweep. Only their values count: the gradient, which is whole without
             them, goes to queries and keys. Rows of padding may hold anything. One number per query
-            is rounded at the size of the scores, so the result is as exact as they are.
+            is rounded at the size of the scores, so the result is as exact as they are. For a
+            forward KL the Triton kernels then keep one tensor of the queries' size for the backward
+            (not in fp16).
         divergence: "forward_kl" is KL(teacher || student), "reverse_kl" KL(student || teacher),
             "jsd" beta KL(teacher || m) + (1-beta) KL(student || m) with m = beta teacher +
             (1-beta) student, all in nats; "probability_mse" and "logit_mse" are the squared error
@@ -165,7 +167,7 @@ def _values(
     impl: str,
 ) -> Tensor:
     q_student, k_student, lse_student = student
-    with_gradient = torch.is_grad_enabled() and (q_student.requires_grad or k_student.requires_grad)
+    with_gradient = torch.is_grad_enabled() and q_student.requires_grad
     values_BHT: Tensor = attention_kl_op(
         *teacher[:2],
         q_student,

@@ -70,6 +70,12 @@ def _log(x):
 
 
 @triton.jit
+def _not_negative(x):
+    """x, or 0 where rounding made it negative; NaN stays, which tl.maximum would turn into 0."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
 def _seen(
     rows, keys, real_keys, tokens, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -230,7 +236,7 @@ def _kl_kernel(
 
     ln_1 = _log(l_1)
     ln_2 = _log(l_2)
-    kl = tl.maximum(a / l_1 - ln_1 + ln_2, 0.0)
+    kl = _not_negative(a / l_1 - ln_1 + ln_2)
     if MASKED:
         kl = tl.where(tl.load(real_keys + rows, mask=rows < tokens, other=0) != 0, kl, 0.0)
     at = (batch * pairs + pair) * tokens + rows
@@ -296,7 +302,7 @@ def _values_kernel(
             value += tl.sum(one_value, 1)
             row += tl.sum(one_row, 1)
 
-    value = tl.maximum(value, 0.0)
+    value = _not_negative(value)
     if MASKED:
         value = tl.where(tl.load(real_keys + rows, mask=rows < tokens, other=0) != 0, value, 0.0)
     tl.store(values + at, value, mask=rows < tokens)
@@ -367,7 +373,7 @@ def _dq_kernel(
                 ds = _score_gradient(t, s, g, row[:, None], beta, DIVERGENCE)
                 total += tl.dot(ds.to(key_s.dtype), key_s, input_precision="ieee")
         if VALUES:
-            tl.store(values + at, tl.maximum(value, 0.0), mask=rows < tokens)
+            tl.store(values + at, _not_negative(value), mask=rows < tokens)
 
     columns = tl.arange(0, PADDED_S)
     at = ((batch * heads + head_s) * tokens + rows)[:, None] * SIZE_S + columns[None, :]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from makd_kernels.attention_kl import kernel
-from makd_kernels.attention_kl.settings import Settings, statistics_of
+from makd_kernels.attention_kl.settings import Settings, in_one_sweep, statistics_of
 from makd_kernels.attention_kl.tiles import tiles
 from makd_kernels.launching import Tiles, architecture, device_ints, padded_size
 
@@ -52,20 +52,22 @@ class Call:
         """((B, H, T) divergences, (statistics, B, P, T) and the plain dq_BHTD for the backward).
 
         The log-sum-exps, where given, are usable ones of each side's own heads. `with_gradient`
-        says that a backward will follow; then a forward KL from given log-sum-exps has the gradient
-        of its plain sum made in the same sweep.
+        says that a backward to the queries will follow; then a forward KL from given log-sum-exps
+        has the gradient of its plain sum made in the same sweep.
         """
         divergence = self.settings.divergence
         values_BPT = self._empty(self.batch, self.pairs, self.tokens)
         statistics = self._empty(statistics_of(divergence), *values_BPT.shape)
         plain_dq_BHTD = self.student[0].new_empty(0)
+        together = with_gradient and in_one_sweep(divergence, self.student[0].dtype)
         if values_BPT.numel() == 0:
-            pass
+            if together and lse_student_BHT is not None:
+                plain_dq_BHTD = torch.empty_like(self.student[0])
         elif lse_teacher_BHT is not None and lse_student_BHT is not None:
             statistics[0] = lse_teacher_BHT[:, self.head_t_P]
             statistics[2] = lse_student_BHT[:, self.head_s_P]
             statistics[1::2].zero_()
-            if divergence == "forward_kl" and with_gradient:
+            if together:
                 plain_dq_BHTD = self._dq(values_BPT, statistics, values_BPT, values=True)
             else:
                 self._values(values_BPT, statistics)
@@ -86,8 +88,7 @@ class Call:
             return torch.empty_like(q_BHTD), torch.empty_like(k_BGTD)
         statistics = statistics if statistics.numel() else gradient_BPT
         if plain_dq_BHTD.numel():
-            first_P = [*itertools.accumulate(self.counts, initial=0)][:-1]
-            row_BHT1 = gradient_BPT[:, first_P, :, None]
+            row_BHT1 = gradient_BPT[:, self.first_pair_H[:-1], :, None]
             dq_BHTD = (plain_dq_BHTD * row_BHT1).to(q_BHTD.dtype)
         else:
             dq_BHTD = self._dq(gradient_BPT, statistics, gradient_BPT, values=False)
@@ -207,7 +208,7 @@ class Call:
         if self.real_keys_BT is not None:
             gradient_BHT = gradient_BHT * self.real_keys_BT[:, None]
         if max(self.counts) > 1:
-            shares = [count for count in self.counts for _ in range(count)]
-            share_P1 = torch.tensor(shares, device=gradient_BHT.device)[:, None]
+            shares = tuple(count for count in self.counts for _ in range(count))
+            share_P1 = device_ints(shares, gradient_BHT.device)[:, None]
             gradient_BHT = gradient_BHT[:, self.head_s_P] / share_P1
         return gradient_BHT.contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from makd_kernels.attention_kl import blockwise
-from makd_kernels.attention_kl.settings import Settings, statistics_of
+from makd_kernels.attention_kl.settings import Settings, in_one_sweep, statistics_of
 
 
 @torch.library.custom_op("makd_kernels::attention_kl", mutates_args=())
@@ -70,8 +70,9 @@ def _(
         return values, values.new_empty(0), q_student.new_empty(0)
     divergence = Settings(*choices).divergence
     statistics = values.new_empty(statistics_of(divergence), batch, len(pair_teacher), tokens)
-    in_one_sweep = lse_student is not None and divergence == "forward_kl" and with_gradient
-    plain_dq = q_student.new_empty(q_student.shape if in_one_sweep else (0,))
+    together = lse_student is not None and with_gradient
+    together = together and in_one_sweep(divergence, q_student.dtype)
+    plain_dq = q_student.new_empty(q_student.shape if together else (0,))
     return values, statistics, plain_dq
 
 
@@ -125,9 +126,12 @@ def _setup_context(
 ) -> None:
     ctx.save_for_backward(*inputs[:7], *output[1:])
     *ctx.options, _ = inputs[7:]
+    ctx.set_materialize_grads(False)  # or zeros of the size of all that is kept
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * (8 + len(ctx.options))
     dq, dk = attention_kl_backward_op(grad, *ctx.saved_tensors, *ctx.options)
     teacher = mask = lse = with_gradient = None
     options = (None for _ in ctx.options)

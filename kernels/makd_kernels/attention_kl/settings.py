@@ -23,6 +23,14 @@ class Settings(NamedTuple):
     beta: float
 
 
+def in_one_sweep(divergence: str, dtype: torch.dtype) -> bool:
+    """Are values and the student's dq made together where log-sum-exps are given?
+
+    Not in fp16: dq is kept before the upstream gradient, and with it the loss scale, is known.
+    """
+    return divergence == "forward_kl" and dtype != torch.float16
+
+
 def statistics_of(divergence: str) -> int:
     """How many numbers the Triton backward needs of each pair's query.
 

@@ -19,6 +19,7 @@ HOPPER: dict[str, BySize] = {
     "dq jsd": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 16, 8, 2), 256: Tiles(64, 16, 8, 2)},
     "dq values": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(64, 16, 8, 2)},
     "dk": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
+    "dk jsd": {128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
 }
 _FORWARD = {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}
 _BACKWARD = _FORWARD | {128: Tiles(16, 32, 4, 1)}
@@ -33,6 +34,7 @@ AMPERE: dict[str, BySize] = {
     "kl": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2)},
     "values": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2)},
     "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(16, 32, 4, 1)},
+    "dq logit_mse": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
     "dq values": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(16, 32, 4, 1)},
     "dk": {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 4, 1)},
 }

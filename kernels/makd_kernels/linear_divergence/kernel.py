@@ -161,7 +161,8 @@ def _rows_kernel(
                 one, f = _parts(t, s, beta, alpha, DIVERGENCE)
                 value += tl.sum(tl.where(inside, one, 0.0), 0)
                 mean_f += tl.sum(tl.where(inside, _exp(s) * f, 0.0), 0)
-        tl.store(divergence + row, tl.maximum(value, 0.0) * temperature * temperature)
+        value = tl.where(value < 0.0, 0.0, value)  # tl.maximum would turn NaN into 0
+        tl.store(divergence + row, value * temperature * temperature)
         if GRADIENT:
             g_div = tl.load(weight_div + row) * temperature
 

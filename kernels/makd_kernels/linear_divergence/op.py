@@ -180,9 +180,12 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.handed_over = False
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or a backward makes zeros of the head's size
 
 
-def _loss_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _loss_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Any, ...]:
+    if grad is None:
+        return (None, None, *(None for _ in range(ctx.rest)))
     if ctx.handed_over:
         raise RuntimeError(
             "linear_cross_entropy_divergence_loss hands its gradient over once; to go backward "

@@ -29,7 +29,8 @@ from makd_kernels.lowrank_linear.op import lowrank_chain_op
 from makd_kernels.lowrank_linear.reference import lowrank_linear_reference
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
-LARGEST_CHAIN_RANK, FEWEST_CHAIN_ROWS = 256, 2048  # where the chain can gain, by its arithmetic
+LARGEST_CHAIN_RANK = 256  # beyond it the narrow product of a tile does not fit the chip
+FEWEST_CHAIN_ROWS = 2**14  # a tile of 128 rows for each multiprocessor of an H100; not measured yet
 
 
 class Path(NamedTuple):
@@ -39,29 +40,37 @@ class Path(NamedTuple):
     why: str
 
 
-def explain(rows: int, inputs: int, rank: int, outputs: int, impl: str = "torch") -> Path:
+def explain(
+    rows: int,
+    inputs: int,
+    rank: int,
+    outputs: int,
+    impl: str = "torch",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
     """The way that `lowrank_linear` takes for (rows, inputs) to (rows, outputs).
 
     `impl` is "torch" or "triton", what impl="auto" chose by the device.
     """
-    name = _way(rows, inputs, rank, outputs, impl)
+    name = _way(rows, inputs, rank, outputs, impl, dtype)
     factors, product = _multiplications(rows, inputs, rank, outputs)
     counts = f"{factors:.2e} multiplications through the factors, {product:.2e} through the product"
     return Path(
         name,
         {
             "dense": f"rank {rank} is too high to save anything: {counts}",
-            "chain": f"rank {rank} fits the chip, and {rows} rows fill it",
+            "chain": f"rank {rank} fits the chip, and {rows} rows give every part of it a tile",
             "pair": counts,
         }[name],
     )
 
 
-def _way(rows: int, inputs: int, rank: int, outputs: int, impl: str) -> str:
+def _way(rows: int, inputs: int, rank: int, outputs: int, impl: str, dtype: torch.dtype) -> str:
     through_factors, through_product = _multiplications(rows, inputs, rank, outputs)
     if through_product < through_factors:
         return "dense"
-    if impl == "triton" and rank <= LARGEST_CHAIN_RANK and rows >= FEWEST_CHAIN_ROWS:
+    fits = rank <= LARGEST_CHAIN_RANK and dtype != torch.float32  # fp32 has no fast tiles
+    if impl == "triton" and fits and rows >= FEWEST_CHAIN_ROWS:
         return "chain"
     return "pair"
 
@@ -89,7 +98,7 @@ def lowrank_linear(
             "reference" (always two matmuls), or "auto": as `explain` says for the device.
 
     Returns:
-        (..., M) in the inputs' dtype. Gradients reach x, both factors and the bias.
+        (..., M) in the inputs' dtype, or autocast's. Gradients reach x, both factors and the bias.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown impl, a rank beyond the chain's.
@@ -98,6 +107,8 @@ def lowrank_linear(
     chosen = choose(impl, IMPLEMENTATIONS, x_NK.device.type)
     if impl == "auto" and x_NK.dtype == torch.float64:
         chosen = "torch"
+    if torch.is_autocast_enabled(x_NK.device.type):
+        x_NK, down_RK, up_MR, bias_M = _cast(x_NK, down_RK, up_MR, bias_M)
     check_factors("the matrix", x_NK, down_RK, up_MR)
     if bias_M is not None and bias_M.shape != up_MR.shape[:1]:
         raise ValueError(f"bias is {tuple(bias_M.shape)}; it must be ({up_MR.shape[0]},)")
@@ -105,7 +116,7 @@ def lowrank_linear(
         return lowrank_linear_reference(x_NK, down_RK, up_MR, bias_M)
     rows = x_NK.shape[:-1].numel()
     rank = down_RK.shape[0]
-    path = _way(rows, x_NK.shape[-1], rank, up_MR.shape[0], chosen)
+    path = _way(rows, x_NK.shape[-1], rank, up_MR.shape[0], chosen, x_NK.dtype)
     if impl == "triton":
         if rank > LARGEST_CHAIN_RANK or x_NK.dtype == torch.float64:
             raise ValueError(
@@ -120,6 +131,15 @@ def lowrank_linear(
     if path == "dense":
         return F.linear(x_NK, up_MR @ down_RK, bias_M)
     return F.linear(F.linear(x_NK, down_RK), up_MR, bias_M)
+
+
+def _cast(
+    x_NK: Tensor, down_RK: Tensor, up_MR: Tensor, bias_M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What autocast does to a linear layer's inputs."""
+    dtype = torch.get_autocast_dtype(x_NK.device.type)
+    bias_M = None if bias_M is None else bias_M.to(dtype)
+    return x_NK.to(dtype), down_RK.to(dtype), up_MR.to(dtype), bias_M
 
 
 def lowrank_linear_packed(

@@ -46,9 +46,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, down, up, bias = inputs
     ctx.save_for_backward(x, down, up, output[1])
     ctx.biased = bias is not None
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
     grads = lowrank_chain_backward_op(grad, *ctx.saved_tensors)
     return *grads, grad.sum(0) if ctx.biased else None
 

@@ -66,9 +66,12 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
     grads = lowrank_swiglu_backward_op(grad, *ctx.saved_tensors, ctx.impl)
     impl = None
     return (*grads, impl)
