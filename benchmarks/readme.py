@@ -35,7 +35,7 @@ def linear(rows: list[Row]) -> str:
         row
         for row in rows
         if row["op"] == "linear_divergence" and row["mode"] == "full"
-        and row["case"] != "demo step" and row["case"].startswith("large batch")
+        and row["case"].startswith("large batch")
     ]  # fmt: skip
     return table("dtype", chosen, lambda row: row["dtype"])
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ def architecture(device: torch.device) -> int:
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return 80
     return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
+
+
+def where_it_is(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU; inside this `with` that is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def padded_size(size: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from makd_kernels.attention_kl import blockwise
 from makd_kernels.attention_kl.settings import Settings, in_one_sweep, statistics_of
+from makd_kernels.launching import where_it_is
 
 
 @torch.library.custom_op("makd_kernels::attention_kl", mutates_args=())
@@ -44,7 +45,8 @@ def attention_kl_op(
     from makd_kernels.attention_kl.launch import Call
 
     call = Call(*tensors, pair_teacher, pair_counts, settings)
-    return call.values(lse_teacher, lse_student, with_gradient)
+    with where_it_is(q_student):
+        return call.values(lse_teacher, lse_student, with_gradient)
 
 
 @attention_kl_op.register_fake
@@ -106,7 +108,8 @@ def attention_kl_backward_op(
     from makd_kernels.attention_kl.launch import Call
 
     call = Call(*tensors, pair_teacher, pair_counts, settings)
-    return call.gradients(grad, statistics, plain_dq)
+    with where_it_is(q_student):
+        return call.gradients(grad, statistics, plain_dq)
 
 
 @attention_kl_backward_op.register_fake

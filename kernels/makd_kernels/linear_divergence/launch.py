@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from makd_kernels.launching import INTERPRETED
+from makd_kernels.launching import INTERPRETED, where_it_is
 from makd_kernels.linear_divergence import kernel
 from makd_kernels.linear_divergence.settings import RowWeights, Settings
 
@@ -53,24 +53,25 @@ class Rows:
         cross_entropy_n, divergence_n = self.cross_entropy_N[chunk], self.divergence_N[chunk]
         weights = self.weights or RowWeights(self.cross_entropy_N, self.divergence_N)
         code = -1 if teacher_nV is None else CODES[self.settings.divergence]
-        kernel._rows_kernel[(rows,)](
-            student_nV,
-            student_nV if teacher_nV is None else teacher_nV,
-            student_nV if self.labels_N is None else self.labels_N[chunk],
-            weights.cross_entropy_N[chunk],
-            weights.divergence_N[chunk],
-            cross_entropy_n,
-            divergence_n,
-            student_nV.stride(0),
-            0 if teacher_nV is None else teacher_nV.stride(0),
-            self.vocab,
-            self.settings.temperature,
-            self.settings.beta,
-            self.settings.alpha,
-            DIVERGENCE=code,
-            LABELS=self.labels_N is not None,
-            HEATED=self.settings.temperature != 1.0,
-            GRADIENT=self.weights is not None,
-            TILE_V=tile_size(student_nV.dtype),
-            num_warps=WARPS,
-        )
+        with where_it_is(student_nV):
+            kernel._rows_kernel[(rows,)](
+                student_nV,
+                student_nV if teacher_nV is None else teacher_nV,
+                student_nV if self.labels_N is None else self.labels_N[chunk],
+                weights.cross_entropy_N[chunk],
+                weights.divergence_N[chunk],
+                cross_entropy_n,
+                divergence_n,
+                student_nV.stride(0),
+                0 if teacher_nV is None else teacher_nV.stride(0),
+                self.vocab,
+                self.settings.temperature,
+                self.settings.beta,
+                self.settings.alpha,
+                DIVERGENCE=code,
+                LABELS=self.labels_N is not None,
+                HEATED=self.settings.temperature != 1.0,
+                GRADIENT=self.weights is not None,
+                TILE_V=tile_size(student_nV.dtype),
+                num_warps=WARPS,
+            )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from makd_kernels.launching import where_it_is
+
 
 @torch.library.custom_op("makd_kernels::lowrank_chain", mutates_args=())
 def lowrank_chain_op(
@@ -17,7 +19,8 @@ def lowrank_chain_op(
     """(x @ down^T @ up^T + bias, x @ down^T) for x (N, K)."""
     from makd_kernels.lowrank_linear import launch
 
-    return launch.forward(x, down, up, bias)
+    with where_it_is(x):
+        return launch.forward(x, down, up, bias)
 
 
 @lowrank_chain_op.register_fake
@@ -32,7 +35,8 @@ def lowrank_chain_backward_op(
     """Gradients of x, down and up."""
     from makd_kernels.lowrank_linear import launch
 
-    return launch.backward(grad, x, down, up, narrow)
+    with where_it_is(x):
+        return launch.backward(grad, x, down, up, narrow)
 
 
 @lowrank_chain_backward_op.register_fake

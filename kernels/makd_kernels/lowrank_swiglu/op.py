@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from makd_kernels.launching import where_it_is
 from makd_kernels.lowrank_swiglu import blockwise
 
 
@@ -17,7 +18,8 @@ def lowrank_swiglu_op(
         return blockwise.forward(x, gate_down, gate_up, up_down, up_up)
     from makd_kernels.lowrank_swiglu import launch
 
-    return launch.forward(x, gate_down, gate_up, up_down, up_up)
+    with where_it_is(x):
+        return launch.forward(x, gate_down, gate_up, up_down, up_up)
 
 
 @lowrank_swiglu_op.register_fake
@@ -46,7 +48,8 @@ def lowrank_swiglu_backward_op(
         return blockwise.backward(grad, x, gate_down, gate_up, up_down, up_up, gate, up)
     from makd_kernels.lowrank_swiglu import launch
 
-    return launch.backward(grad, x, gate_down, gate_up, up_down, up_up, gate, up)
+    with where_it_is(x):
+        return launch.backward(grad, x, gate_down, gate_up, up_down, up_up, gate, up)
 
 
 @lowrank_swiglu_backward_op.register_fake
