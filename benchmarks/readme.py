@@ -73,8 +73,8 @@ def _cell(row: Row) -> str:
 
 def _source(row: Row) -> str:
     return (
-        f"({row['device']}, {row['threads']} threads, torch {row['torch']}, commit "
-        f"{row['commit']}; median time, peak memory beyond the inputs)"
+        f"(`python benchmarks/run.py --suite cpu`: {row['device']}, {row['threads']} threads, "
+        f"torch {row['torch']}, commit {row['commit']}; median time, peak memory beyond the inputs)"
     )
 
 

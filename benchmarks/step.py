@@ -10,7 +10,6 @@ learnt: the optimizer's step is left out, and is the same for all. Columns: seco
 over rounds.
 """
 
-import csv
 import platform
 import statistics
 import sys
@@ -38,6 +37,7 @@ from makd_llm.train.deepspeed_config import (
 )
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.step import distill_step, finetune_step
+from measure import RESULTS, machine, write
 
 SETS: dict[str, list[str]] = {
     "finetune": ["distil.preset=finetune"],
@@ -132,7 +132,7 @@ def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch)
 
 def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict[str, Any]]:
     """One row per set of objectives."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    device = machine(_kind())
     rows = []
     for name, values in seconds.items():
         low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
@@ -155,23 +155,14 @@ def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict
     return rows
 
 
-def processor() -> str:
-    """The CPU's model name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def _kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def publish(rows: list[dict[str, Any]]) -> None:
     """Prints the rows and writes the CSV."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(__file__).parent / "results" / f"step_{kind}.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    path = RESULTS / f"step_{_kind()}.csv"
+    write(rows, path)
     for row in rows:
         print(f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd")
     print(f"written {path}", file=sys.stderr)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from makd_kernels import attention_kl
+from makd_kernels.attention_kl.op import attention_kl_op
+from makd_kernels.attention_kl.reference import visible_keys
 from makd_kernels.attention_kl.settings import DIVERGENCES
 from makd_llm.testing import assert_no_worse_than_eager
 
@@ -39,14 +41,17 @@ def run(teacher, student, **options) -> tuple[Tensor, Tensor, Tensor]:
     return values.detach(), q.grad, k.grad
 
 
-def assert_right(teacher, student, slack: float = 2.0, **options) -> tuple[Tensor, ...]:
-    ours = run(teacher, student, impl="triton", **options)
+def assert_right(
+    teacher, student, slack: float = 2.0, impl: str = "triton", given: dict | None = None, **options
+) -> tuple[Tensor, ...]:
+    """`given`: what ours is told beside what the others are."""
+    ours = run(teacher, student, impl=impl, **(given or {}), **options)
     eager = run(teacher, student, impl="reference", **options)
     exact = run(
         [t.double() for t in teacher], [t.double() for t in student], impl="reference", **options
     )
     for one, other, truth in zip(ours, eager, exact, strict=True):
-        cut_off = one.dtype == torch.bfloat16 and one.device.type == "cpu"
+        cut_off = impl == "triton" and one.dtype == torch.bfloat16 and one.device.type == "cpu"
         # the interpreter rounds to bf16 by cutting off
         assert_no_worse_than_eager(one, other, truth, slack=2 * slack if cut_off else slack)
     assert (ours[0] >= 0).all()
@@ -182,3 +187,105 @@ def test_dtypes_of_the_sides_may_differ(device: str) -> None:
 def test_float64_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match="float64"):
         run([t.double() for t in inputs(device)], inputs(device), impl="triton")
+
+
+# where attention's own log-sum-exps are given: the same results in fewer sweeps, in torch too
+
+
+def log_sum_exp(side: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
+    """What flash attention returns beside its output: -inf where a query sees no key."""
+    q, k = (tensor.float() for tensor in side)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    visible = visible_keys(q.shape[2], causal, None, mask, q.device)
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    return scores.logsumexp(-1)
+
+
+def given_for(teacher, student, mask: Tensor | None = None, causal: bool = True) -> dict:
+    return {
+        "log_sum_exp_teacher_BHT": log_sum_exp(teacher, mask, causal),
+        "log_sum_exp_student_BHT": log_sum_exp(student, mask, causal),
+    }
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_given_log_sum_exps(device: str, impl: str, divergence: str, causal: bool) -> None:
+    teacher, student = inputs(device, batch=2), inputs(device, batch=2, seed=1)
+    given = given_for(teacher, student, causal=causal)
+    options = {"divergence": divergence, "causal": causal}
+    assert_right(teacher, student, slack=3.0, impl=impl, given=given, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_given_log_sum_exps_in_half_precision(device: str, impl: str, dtype: torch.dtype) -> None:
+    teacher, student = inputs(device, dtype=dtype), inputs(device, dtype=dtype, seed=1)
+    assert_right(teacher, student, slack=3.0, impl=impl, given=given_for(teacher, student))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_given_log_sum_exps_are_not_finite_in_padding(
+    device: str, impl: str, divergence: str
+) -> None:
+    mask = torch.ones(2, 21, device=device)
+    mask[0, :18] = 0
+    mask[1, 5:] = 0
+    teacher, student = inputs(device, batch=2), inputs(device, batch=2, seed=1)
+    given = given_for(teacher, student, mask)
+    assert given["log_sum_exp_teacher_BHT"].isinf().any()
+    options = {"divergence": divergence, "attention_mask_BT": mask}
+    assert_right(teacher, student, slack=3.0, impl=impl, given=given, **options)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_given_log_sum_exps_of_pairs_of_heads(device: str, impl: str, divergence: str) -> None:
+    teacher = inputs(device, 6, 3, batch=2)
+    student = inputs(device, 4, 2, size=24, seed=1, batch=2)
+    options = {"divergence": divergence, "head_map": [[0, 1, 5], [2], [2, 4], [3]]}
+    given = given_for(teacher, student)
+    assert_right(teacher, student, slack=3.0, impl=impl, given=given, **options)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_given_log_sum_exps_of_identical_inputs(device: str, impl: str) -> None:
+    same = inputs(device, gain=4, batch=2)
+    for tensor in run(same, same, impl=impl, **given_for(same, same)):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_gradient_flows_through_a_log_sum_exp(device: str, impl: str) -> None:
+    """It is the same function either way: what is given is a shortcut, not an input."""
+    teacher, (q, k) = inputs(device, batch=2), inputs(device, batch=2, seed=1)
+    q.requires_grad_()
+    given = given_for(teacher, (q, k))
+    assert given["log_sum_exp_student_BHT"].requires_grad
+    (with_them,) = torch.autograd.grad(attention_kl(*teacher, q, k, impl=impl, **given).sum(), q)
+    (without,) = torch.autograd.grad(attention_kl(*teacher, q, k, impl=impl).sum(), q)
+    torch.testing.assert_close(with_them, without)
+
+
+def test_without_gradient_nothing_is_kept_for_one(device: str) -> None:
+    teacher, student = inputs(device, batch=2), inputs(device, batch=2, seed=1)
+    options = ([0, 1], [1, 1], 0.25, 0.25, True, None, "forward_kl", 0.5, "triton")
+    lse = given_for(teacher, student).values()
+    alone, with_gradient = (
+        attention_kl_op(*teacher, *student, None, *lse, *options, wanted)
+        for wanted in (False, True)
+    )
+    assert alone[2].numel() == 0 and with_gradient[2].shape == student[0].shape
+    torch.testing.assert_close(alone[0], with_gradient[0])
+
+
+def test_log_sum_exps_that_do_not_fit_are_refused(device: str) -> None:
+    teacher, student = inputs(device), inputs(device, seed=1)
+    given = given_for(teacher, student)
+    lse = given["log_sum_exp_teacher_BHT"]
+    with pytest.raises(ValueError, match="teacher and student, or neither"):
+        attention_kl(*teacher, *student, log_sum_exp_teacher_BHT=lse)
+    with pytest.raises(ValueError, match="log_sum_exp_student_BHT"):
+        attention_kl(*teacher, *student, **(given | {"log_sum_exp_student_BHT": lse[..., :-1]}))

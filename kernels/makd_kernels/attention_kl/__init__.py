@@ -19,12 +19,7 @@ from torch import Tensor
 
 from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
-from makd_kernels.attention_kl.settings import (
-    DIVERGENCES,
-    LARGEST_HEAD,
-    Settings,
-    usable_log_sum_exp,
-)
+from makd_kernels.attention_kl.settings import DIVERGENCES, HIDDEN, LARGEST_HEAD, Settings
 from makd_kernels.dispatch import choose
 from makd_kernels.divergences import checked_divergence
 
@@ -188,7 +183,11 @@ def _usable(
     student: tuple[Tensor | None, Tensor],
     attention_mask_BT: Tensor | None,
 ) -> list[Tensor | None]:
-    """Both sides' log-sum-exps, checked against their queries, detached and without traps."""
+    """Both sides' log-sum-exps, checked against their queries and detached.
+
+    Queries that are padding or see no key get one so high that every probability, and with it value
+    and gradient, is exactly 0, whatever attention left there.
+    """
     if (teacher[0] is None) != (student[0] is None):
         raise ValueError("give the log-sum-exps of teacher and student, or neither")
     dtype = torch.promote_types(teacher[1].dtype, student[1].dtype)
@@ -200,8 +199,11 @@ def _usable(
                 f"{tuple(q_BHTD.shape[:3])}, one for each of the {name}'s queries"
             )
         if lse_BHT is not None:
+            counted = lse_BHT.isfinite()
+            if attention_mask_BT is not None:
+                counted = counted & (attention_mask_BT != 0)[:, None]
             lse_BHT = lse_BHT.detach().to(torch.promote_types(dtype, torch.float32))
-            lse_BHT = usable_log_sum_exp(lse_BHT, attention_mask_BT)
+            lse_BHT = torch.where(counted, lse_BHT, -HIDDEN)
         usable.append(lse_BHT)
     return usable
 

@@ -3,13 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "probability_mse", "logit_mse")
 
 LARGEST_HEAD = 256  # of the Triton kernels
 HIDDEN = -1e30  # finite: the difference of two hidden scores is 0, never NaN
-FAR = -HIDDEN
 
 
 class Settings(NamedTuple):
@@ -37,14 +35,3 @@ def statistics_of(divergence: str) -> int:
     Maximum and log-sum of the teacher's scores, then of the student's, then the divergence's own.
     """
     return {"forward_kl": 4, "logit_mse": 0}.get(divergence, 5)
-
-
-def usable_log_sum_exp(given_BHT: Tensor, attention_mask_BT: Tensor | None) -> Tensor:
-    """`given_BHT` with FAR at queries that are padding or see no key, whatever stands there.
-
-    A softmax over it is 0 at every key, so value and gradient of such a query are exactly 0.
-    """
-    counted = given_BHT.isfinite()
-    if attention_mask_BT is not None:
-        counted = counted & (attention_mask_BT != 0)[:, None]
-    return torch.where(counted, given_BHT, FAR)

@@ -9,8 +9,8 @@ Two ways exist, and `explain` says which one a shape takes and why:
   `N x M` each, for the backward.
 * "fused": both wide products live only for a tile (Triton) or a block of rows (torch); what is kept
   is narrow, `N x R`, and the backward makes the wide products again, two matmuls more. Where memory
-  traffic is the limit, on a GPU at small rank, that is the faster way; on a CPU it halves the
-  memory and takes longer (benchmarks/results), so there it has to be asked for: `impl="torch"`.
+  traffic is the limit, on a GPU at small rank, that is the faster way; on a CPU it takes longer
+  (benchmarks/results), so there it has to be asked for, to save memory: `impl="torch"`.
 """
 
 # N rows, K inputs, R rank, M outputs
