@@ -9,6 +9,7 @@ import argparse
 import csv
 import ctypes
 import functools
+import math
 import platform
 import random
 import shutil
@@ -43,14 +44,17 @@ def measured(
     device: str,
     repeats: int,
 ) -> Rows:
-    """One row for each provider in `calls`, which all read `inputs`.
+    """One row for each provider in `calls`, which all read `inputs`; the first is the plain way.
 
     `flops` are the floating-point operations that the case is worth, the same for every provider.
     `traffic` is the least that must be read and written, in bytes.
     """
     times = milliseconds(calls, device, repeats)
+    plain = next(iter(times.values()))
     rows = []
-    for name, (low, median, high) in times.items():
+    for name, turns in times.items():
+        low, median, high = _quantiles(turns)
+        ratio, ratio_low, ratio_high = ratio_to(plain, turns, in_turns=device == "cpu")
         peak, saved = megabytes(calls[name], inputs, device)
         registers, spills = triton_resources(calls[name], device)
         rate = flops / median / 1e9
@@ -64,6 +68,9 @@ def measured(
             "ms_20": f"{low:.3g}",
             "ms_50": f"{median:.3g}",
             "ms_80": f"{high:.3g}",
+            "of_plain": f"{ratio:.3f}",
+            "of_plain_low": f"{ratio_low:.3f}",
+            "of_plain_high": f"{ratio_high:.3f}",
             "useful_TFLOP/s": f"{rate:.3g}",
             "of_matmul_peak": f"{100 * rate / matmul_peak(device, dtype):.1f}%",
             "GB/s": f"{traffic / median / 1e6:.3g}",
@@ -81,8 +88,8 @@ def measured(
 # column: its width in what is printed; the table has the others too
 PRINTED = {
     "op": 17, "case": 25, "dtype": 8, "mode": 7, "provider": 31, "ms_20": 7, "ms_50": 7, "ms_80": 7,
-    "useful_TFLOP/s": 14, "of_matmul_peak": 14, "GB/s": 6, "peak_MB": 7, "saved_MB": 8,
-    "error_fp64": 10,
+    "of_plain": 8, "useful_TFLOP/s": 14, "of_matmul_peak": 14, "GB/s": 6, "peak_MB": 7,
+    "saved_MB": 8, "error_fp64": 10,
 }  # fmt: skip
 
 
@@ -151,8 +158,8 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    _, median, _ = milliseconds({"matmul": lambda: [torch.mm(a, b, out=out)]}, device, 10)["matmul"]
-    return 2 * size**3 / median / 1e9
+    turns = milliseconds({"matmul": lambda: [torch.mm(a, b, out=out)]}, device, 10)
+    return 2 * size**3 / statistics.median(turns["matmul"]) / 1e9
 
 
 @functools.cache
@@ -160,8 +167,8 @@ def copy_rate(device: str) -> float:
     """GB/s of a large copy here, bytes read and written: the ceiling of what only moves memory."""
     source = torch.randn(2**24 if device == "cpu" else 2**29, device=device)
     target = torch.empty_like(source)
-    _, median, _ = milliseconds({"copy": lambda: [target.copy_(source)]}, device, 10)["copy"]
-    return 2 * source.numel() * source.element_size() / median / 1e6
+    turns = milliseconds({"copy": lambda: [target.copy_(source)]}, device, 10)
+    return 2 * source.numel() * source.element_size() / statistics.median(turns["copy"]) / 1e6
 
 
 FEWEST_REPEATS, LONGEST_S, QUICK_S = 3, 40.0, 0.1
@@ -169,8 +176,8 @@ FEWEST_REPEATS, LONGEST_S, QUICK_S = 3, 40.0, 0.1
 
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], device: str, repeats: int
-) -> dict[str, tuple[float, float, float]]:
-    """(20 %, median, 80 %) for each call.
+) -> dict[str, list[float]]:
+    """Each call's time in every turn.
 
     On a CPU the calls take turns, `repeats` times each, in an order that changes from round to
     round; a quick one runs once more before it is timed, so that none has its inputs in the cache
@@ -180,8 +187,7 @@ def milliseconds(
     if device != "cpu":
         from triton.testing import do_bench
 
-        quantiles = (0.2, 0.5, 0.8)
-        return {name: tuple(do_bench(call, quantiles=quantiles)) for name, call in calls.items()}
+        return {name: do_bench(call, return_mode="all") for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [_seconds(call)] for name, call in calls.items()}
     order, shuffle = list(calls), random.Random(0).shuffle
     if max(times[0] for times in spent.values()) < QUICK_S:
@@ -196,7 +202,25 @@ def milliseconds(
                 calls[name]()
             spent[name].append(_seconds(calls[name]))
     # the first warmed up
-    return {name: _quantiles([1e3 * each for each in times[1:]]) for name, times in spent.items()}
+    return {name: [1e3 * each for each in times[1:]] for name, times in spent.items()}
+
+
+def ratio_to(
+    plain: Sequence[float], turns: Sequence[float], *, in_turns: bool
+) -> tuple[float, float, float]:
+    """How many times the plain way's time: the median over turns, and its 95 % interval.
+
+    The two times of a turn were taken within moments of each other, so that a machine that is now
+    fast and now slow cancels out. The interval is that of the sign test: the values at n/2 -+ 0.98
+    sqrt(n) of the sorted ratios. Without turns, medians are divided and there is none (nan).
+    """
+    if not in_turns or len(turns) < 6:
+        return statistics.median(turns) / statistics.median(plain), float("nan"), float("nan")
+    ratios = sorted(a / b for a, b in zip(turns, plain, strict=True))
+    half, spread = len(ratios) / 2, 0.98 * len(ratios) ** 0.5
+    low = max(0, math.floor(half - spread))
+    high = min(len(ratios) - 1, math.ceil(half + spread))
+    return statistics.median(ratios), ratios[low], ratios[high]
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -48,27 +48,35 @@ def lowrank(rows: list[Row]) -> str:
         if row["op"].startswith("lowrank") and row["case"] != "map" and row["mode"] == "full"
         and row["dtype"] == "bfloat16"
     ]  # fmt: skip
-    return table("op, shape", chosen, lambda row: f"{row['op']}, {row['shape']}")
+    return table("op, shape", chosen, lambda row: f"{row['op']}, {row['shape']}", paired=True)
 
 
 TABLES = {"attention_kl": attention, "linear_divergence": linear, "lowrank": lowrank}
 
 
-def table(first: str, rows: Sequence[Row], label: Callable[[Row], str]) -> str:
-    """A line for each label, a column for each provider: median time and peak memory."""
+def table(
+    first: str, rows: Sequence[Row], label: Callable[[Row], str], *, paired: bool = False
+) -> str:
+    """A line for each label, a column for each provider: median time and peak memory.
+
+    paired: with the ratio to the first provider, turn by turn, and its 95 % interval.
+    """
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     lines = [f"| {first} | {' | '.join(providers)} |", "|---" * (len(providers) + 1) + "|"]
     for one in dict.fromkeys(map(label, rows)):
         cells = {row["provider"]: row for row in rows if label(row) == one}
-        shown = [_cell(cells[name]) if name in cells else "" for name in providers]
+        shown = [_cell(cells[name], paired) if name in cells else "" for name in providers]
         lines.append(f"| {one} | {' | '.join(shown)} |")
     return "\n".join([*lines, "", _source(rows[0])])
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row, paired: bool) -> str:
     milliseconds = float(row["ms_50"])
     digits = 0 if milliseconds >= 100 else 1
-    return f"{milliseconds:,.{digits}f} ms, {float(row['peak_MB']):,.0f} MB"
+    cell = f"{milliseconds:,.{digits}f} ms, {float(row['peak_MB']):,.0f} MB"
+    if paired and float(row["of_plain"]) != 1:
+        cell += f", × {row['of_plain']} ({row['of_plain_low']} to {row['of_plain_high']})"
+    return cell
 
 
 def _source(row: Row) -> str:

@@ -102,3 +102,16 @@ def test_the_readme_shows_what_was_measured() -> None:
     command = [sys.executable, str(BENCHMARKS / "readme.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ratios_are_taken_turn_by_turn(load) -> None:
+    measure = load("measure")
+    plain = [1.0, 5.0, 1.0, 5.0] * 25  # a machine that is now fast and now slow
+    slower = [1.1 * t for t in plain]
+    ratio, low, high = measure.ratio_to(plain, slower, in_turns=True)
+    assert low == pytest.approx(1.1) and ratio == pytest.approx(1.1) == high
+    noisy = [t * (1 + 0.2 * (i * 7 % 10 - 4.5) / 10) for i, t in enumerate(slower)]
+    ratio, low, high = measure.ratio_to(plain, noisy, in_turns=True)
+    assert low < ratio < high and low < 1.1 < high and high - low < 0.1
+    ratio, low, high = measure.ratio_to(plain, slower[:3], in_turns=False)
+    assert ratio == pytest.approx(1.1 / 3) and low != low and high != high

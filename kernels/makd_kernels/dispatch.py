@@ -14,8 +14,9 @@ def choose(impl: str, implementations: Sequence[str], device: str) -> str:
     ValueError names the known ones; RuntimeError says why "triton" cannot run.
     """
     if impl == "auto":
-        runs = "triton" in implementations and why_not_triton(device) is None
-        return "triton" if runs and device != "cpu" else "torch"
+        if device == "cpu" or "triton" not in implementations:
+            return "torch"
+        return "torch" if why_not_triton(device) else "triton"
     if impl not in implementations:
         known = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r} is not known; choose one of: {known}")

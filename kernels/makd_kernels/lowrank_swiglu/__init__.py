@@ -56,6 +56,12 @@ def lowrank_swiglu(x_NK: Tensor, gate: Factors, up: Factors, *, impl: str = "aut
         ValueError: shapes or dtypes that do not fit, an unknown impl.
         RuntimeError: impl="triton" where Triton cannot run.
     """
+    if impl == "auto" and x_NK.is_cpu and _is_plain(x_NK, gate, up):
+        try:  # choosing among the ways would take as long as 5 % of a small batch's matmuls
+            return lowrank_swiglu_reference(x_NK, gate, up)
+        except RuntimeError:  # torch's words for shapes and dtypes are its own
+            _check(x_NK, gate, up)
+            raise
     chosen = choose(impl, IMPLEMENTATIONS, x_NK.device.type)
     if impl == "auto" and (
         x_NK.dtype == torch.float64
@@ -64,12 +70,25 @@ def lowrank_swiglu(x_NK: Tensor, gate: Factors, up: Factors, *, impl: str = "aut
         chosen = "reference"
     if chosen == "triton" and x_NK.dtype == torch.float64:
         raise ValueError("impl='triton' computes in fp32, and x is float64; use impl='torch'")
-    for name, factors in (("gate", gate), ("up", up)):
-        check_factors(name, x_NK, *factors)
-    if gate[1].shape[0] != up[1].shape[0]:
-        raise ValueError(f"gate has {gate[1].shape[0]} outputs, up {up[1].shape[0]}")
+    _check(x_NK, gate, up)
     if chosen == "reference":
         return lowrank_swiglu_reference(x_NK, gate, up)
     flat_NK = x_NK.reshape(-1, x_NK.shape[-1])
     y_NM: Tensor = lowrank_swiglu_op(flat_NK, *gate, *up, chosen)[0]
     return y_NM.view(*x_NK.shape[:-1], y_NM.shape[-1])
+
+
+def _is_plain(x_NK: Tensor, gate: Factors, up: Factors) -> bool:
+    """Whether torch itself would find what is wrong with these."""
+    return (
+        gate[0].dim() == gate[1].dim() == up[0].dim() == up[1].dim() == 2
+        and gate[1].shape[0] == up[1].shape[0]
+        and x_NK.is_floating_point()
+    )
+
+
+def _check(x_NK: Tensor, gate: Factors, up: Factors) -> None:
+    for name, factors in (("gate", gate), ("up", up)):
+        check_factors(name, x_NK, *factors)
+    if gate[1].shape[0] != up[1].shape[0]:
+        raise ValueError(f"gate has {gate[1].shape[0]} outputs, up {up[1].shape[0]}")
