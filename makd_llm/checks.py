@@ -8,7 +8,8 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import RunConfig
 from makd_llm.errors import UserError
-from makd_llm.models.families import family_of
+from makd_llm.models.capture import CAPTURING_SDPA, attention_of
+from makd_llm.models.families import check_distillable, family_of
 from makd_llm.models.modeling_lowrank import is_lowrank
 from makd_llm.models.source import load_tokenizer
 
@@ -59,6 +60,12 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
     """A model that cannot teach, a window or token ids beyond its tables. Raises UserError."""
     model = read_config(folder)
     family_of(model)
+    check_distillable(model)
+    if config.distil.objectives.attention.weight and attention_of(model) != CAPTURING_SDPA:
+        raise UserError(
+            f"distil.objectives.attention: the attention of model_type {model.model_type!r} cannot "
+            "be listened to; set distil.objectives.attention.weight=0"
+        )
     if is_lowrank(model):
         raise UserError(
             f"{folder} is a low-rank student; make it dense first "

@@ -22,13 +22,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from makd_llm import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 requires_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"
@@ -38,6 +41,7 @@ requires_cuda = pytest.mark.skipif(
 GRACE_SECONDS = 10.0
 DEFAULT_TIMEOUT_SECONDS = 240.0
 LOG_TAIL = 4000
+TINY_LAYERS = 2
 
 
 def shared_data(name: str) -> Path:
@@ -50,6 +54,53 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared material {name!r}; set MAKD_SHARED to its folder")
     return path
+
+
+def tiny_config(model_type: str, tied: bool = False) -> "PreTrainedConfig":
+    """The config of a tiny model of an architecture, with what is peculiar to the architecture."""
+    from transformers import AutoConfig
+
+    from makd_llm.models.families import FAMILIES
+
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": True, "mlp_bias": True},
+        "qwen3": {"head_dim": 16},  # wider than hidden_size / heads, as the real ones
+        "mistral": {"sliding_window": 4},
+        "gemma": {"head_dim": 8},
+        "gemma3_text": {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 8,
+        },
+        "gemma2": {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+        "opt": {"ffn_dim": 40, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+        "gpt_neox": {"intermediate_size": 40, "max_position_embeddings": 64},
+        "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 40},
+    }
+    grouped = {"intermediate_size": 40, "num_key_value_heads": 2}
+    without = ("gpt2", "opt", "gpt_neox", "falcon")
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=TINY_LAYERS,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+        **({} if model_type in without else grouped),
+        **own.get(model_type, {}),
+    )
+    config.architectures = [FAMILIES[model_type].causal_lm]
+    return config
 
 
 def run_on_ranks(

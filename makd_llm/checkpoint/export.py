@@ -33,6 +33,8 @@ from makd_llm.models.families import Family, family_of, matrices_of
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+    from makd_llm.models.modeling_lowrank import Fused
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -139,7 +141,7 @@ def merge(
         for name, tensor in _merged_tensors(reader, config):
             writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
         write_config(writer.staging, merged)
-        _copy_companions(source, writer.staging)
+        _copy_companions(source, writer.staging, but="README.md")  # a card of the factored form
 
 
 def rewrite(
@@ -197,6 +199,8 @@ def _merged_tensors(
     reader: TensorReader, config: PreTrainedConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the dense model, the factored ones multiplied out."""
+    from makd_llm.models.modeling_lowrank import fused_layout
+
     lowrank = config.lowrank or {}
     for name in expected_shapes(config):
         module = name.rpartition(".")[0].partition(".parts.")[0]
@@ -206,27 +210,33 @@ def _merged_tensors(
         name: matrix.transposed
         for _, matrix, name in matrices_of(family_of(config), config.num_hidden_layers)
     }
-    for module, ranks in lowrank.items():
-        parts = [module]
-        if isinstance(ranks, list):
-            parts = [f"{module}.parts.{part}" for part in range(len(ranks))]
-        weight = torch.cat([_dense(reader, part) for part in parts])
+    for module in lowrank:
+        parts, layout = [module], fused_layout(config, module)
+        if layout is not None:
+            parts = [f"{module}.parts.{part}" for part in range(len(layout.widths))]
+        weight = _joined(layout, [_dense(reader, part) for part in parts])
         yield f"{module}.weight", weight.T if transposed[module] else weight
         if f"{parts[0]}.bias" in reader:
-            yield f"{module}.bias", torch.cat([reader.get(f"{part}.bias") for part in parts])
+            yield f"{module}.bias", _joined(layout, [reader.get(f"{p}.bias") for p in parts])
+
+
+def _joined(layout: Fused | None, parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if layout is None else layout.join(parts, 0)
 
 
 def _dense(reader: TensorReader, module: str) -> torch.Tensor:
-    """up @ down of one factored matrix, (out, in), in the factors' dtype."""
+    """up @ down of one matrix, (out, in), in the factors' dtype; a dense part as it is."""
     from makd_llm.models.modeling_lowrank import multiply_factors
 
+    if f"{module}.weight" in reader:
+        return reader.get(f"{module}.weight")
     up = reader.get(f"{module}.up")
     return multiply_factors(up, reader.get(f"{module}.down")).to(up.dtype)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def _copy_companions(source: Path, target: Path, but: str = "") -> None:
     """Copy what belongs to a model but depends on no weight: tokenizer, generation settings."""
-    written_anew = {"config.json", INDEX_FILE, "modeling_lowrank.py"}
+    written_anew = {"config.json", INDEX_FILE, "modeling_lowrank.py", but}
     for entry in source.iterdir():
         if entry.is_dir() and belongs_to_model_folder(entry):
             shutil.copytree(entry, target / entry.name)

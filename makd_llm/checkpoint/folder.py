@@ -12,6 +12,7 @@ takes the target's place at the end.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,9 +32,18 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""The ways in which a disk refuses to be written."""
+
 # What a model folder may hold; a folder with anything else in it is never replaced.
 _MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".jinja"}
-_MODEL_FILES = {"modeling_lowrank.py", "merges.txt", "vocab.txt"}
+_MODEL_FILES = {
+    "modeling_lowrank.py",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+    "factorization.png",
+}
 _MODEL_FOLDERS = {"additional_chat_templates"}
 
 
@@ -63,7 +73,8 @@ class TensorReader:
     """The tensors of a model folder by name; a file is opened when its first tensor is asked for.
 
     Names may be the model's (`transformer.h.0.ln_1.weight`) where the file leaves the backbone's
-    prefix out (`h.0.ln_1.weight`), as GPT-2's files on the Hub do.
+    prefix out (`h.0.ln_1.weight`), as GPT-2's files on the Hub do, or has another name for the head
+    (`embed_out`), as GPT-NeoX's do.
 
     Raises:
         UserError: no safetensors in the folder, or a file or tensor is missing, cut short or
@@ -158,6 +169,8 @@ class TensorReader:
     def _in_file(self, name: str, prefix: str | None) -> str | None:
         if name in self._file_of:
             return name
+        if name == "lm_head.weight" and "embed_out.weight" in self._file_of:
+            return "embed_out.weight"
         bare = name.removeprefix(f"{prefix}.") if prefix else name.partition(".")[2]
         return bare if bare in self._file_of else None
 
@@ -185,7 +198,8 @@ class TensorWriter:
     the next writer puts it back if the process was killed just there.
 
     Raises:
-        UserError: the target holds something that is no part of a model folder.
+        UserError: the target holds something that is no part of a model folder, or cannot be
+            written.
         ValueError: a tensor's name is given twice.
     """
 
@@ -244,26 +258,24 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self.discard()
-            return
         try:
-            self.close()
-        except BaseException:
-            self.discard()
-            raise
+            if error is None:
+                self.close()
+        except BaseException as late:  # noqa: BLE001 - looked at below
+            error = late
+        if error is None:
+            return
+        self.discard()
+        if isinstance(error, SafetensorError) or (
+            isinstance(error, OSError) and error.errno in FULL
+        ):
+            raise unwritable(self.folder, error) from error
+        raise error
 
     def _prepare(self) -> None:
         if self._replaced.exists() and not self.folder.exists():
             os.replace(self._replaced, self.folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; choose a folder that is new or empty")
-        for entry in sorted(self.folder.iterdir()) if self.folder.exists() else ():
-            if not belongs_to_model_folder(entry):
-                raise UserError(
-                    f"{self.folder} holds {entry.name!r}, which is no part of a model folder, and "
-                    "would be lost; choose a folder that is new or empty"
-                )
+        check_target(self.folder)
         for leftover in (self.staging, self._replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -293,6 +305,23 @@ class TensorWriter:
         index = {"metadata": metadata, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (self.staging / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError where a model folder would overwrite something that is none."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder that is new or empty")
+    for entry in sorted(folder.iterdir()) if folder.exists() else ():
+        if not belongs_to_model_folder(entry):
+            raise UserError(
+                f"{folder} holds {entry.name!r}, which is no part of a model folder, and "
+                "would be lost; choose a folder that is new or empty"
+            )
+
+
+def unwritable(what: Path, error: Exception) -> UserError:
+    """What is said where a disk is full or a folder cannot be written."""
+    return UserError(f"{what} cannot be written ({error}); free space, or choose another folder")
 
 
 def belongs_to_model_folder(entry: Path) -> bool:

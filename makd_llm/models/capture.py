@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from makd_llm.models.families import Family, Matrix
+from makd_llm.models.families import Family, Matrix, part_of
 from makd_llm.shown import AttentionShown, Needs, Shown
 
 CAPTURING_SDPA = "makd_sdpa"
@@ -45,6 +45,17 @@ AttentionInterface.register(CAPTURING_SDPA, _capturing_sdpa)
 AttentionMaskInterface.register(CAPTURING_SDPA, sdpa_mask)
 
 
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model of this config runs with.
+
+    SDPA that can be listened to; plain SDPA for Falcon, which does not take its attention from
+    transformers' interface; eager where attention logits are capped, which SDPA would leave out.
+    """
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"
+    return "sdpa" if config.model_type.removeprefix("makd_") == "falcon" else CAPTURING_SDPA
+
+
 @contextmanager
 def capture(
     model: nn.Module,
@@ -60,7 +71,10 @@ def capture(
     """
     shown = Shown()
     layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]
+    part = _Part(model.config)  # type: ignore[arg-type]
     with ExitStack() as stack:
+        backbone = model.get_submodule(family.backbone)
+        stack.callback(backbone.register_forward_pre_hook(part.note_rows, with_kwargs=True).remove)
         for index in sorted(needs.hidden):
             hook = _hidden_hook(shown, index)
             stack.callback(layers[index].register_forward_hook(hook).remove)
@@ -69,9 +83,9 @@ def capture(
         for index, matrices in _by_module(family, needs):
             module = layers[index].get_submodule(matrices[0].module)
             hook = (
-                _replay_hook(shown, index, matrices, replay)
+                _replay_hook(shown, part, index, matrices, replay)
                 if replay
-                else _matrix_hook(shown, index, matrices, needs.matrix_input)
+                else _matrix_hook(shown, part, index, matrices, needs.matrix_input)
             )
             stack.callback(module.register_forward_hook(hook).remove)
         yield shown
@@ -105,24 +119,42 @@ def _by_module(family: Family, needs: Needs) -> list[tuple[int, list[Matrix]]]:
     return [(index, matrices) for (index, _), matrices in groups.items()]
 
 
-def _part(output: Tensor, matrix: Matrix) -> Tensor:
-    return output if matrix.parts == 1 else output.chunk(matrix.parts, dim=-1)[matrix.part]
+class _Part:
+    """A matrix's share of what its module takes or gives, as (B, T, ...)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        self._rows: tuple[int, ...] = ()
+
+    def note_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...)."""
+        self._rows = tuple((args[0] if args else kwargs["input_ids"]).shape[:2])
+
+    def of_output(self, matrix: Matrix, output: Tensor) -> Tensor:
+        return self.of_input(part_of(self._config, matrix, output))
+
+    def of_input(self, x: Tensor) -> Tensor:
+        return x.view(*self._rows, -1) if x.dim() == 2 else x
 
 
 def _matrix_hook(
-    shown: Shown, index: int, matrices: list[Matrix], with_input: bool
+    shown: Shown, part: _Part, index: int, matrices: list[Matrix], with_input: bool
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         for matrix in matrices:
-            shown.matrix[index, matrix.role] = _part(output, matrix)
+            shown.matrix[index, matrix.role] = part.of_output(matrix, output)
             if with_input:
-                shown.matrix_input[index, matrix.role] = args[0]
+                shown.matrix_input[index, matrix.role] = part.of_input(args[0])
 
     return hook
 
 
 def _replay_hook(
-    shown: Shown, index: int, matrices: list[Matrix], replay: dict[tuple[int, str], Tensor]
+    shown: Shown,
+    part: _Part,
+    index: int,
+    matrices: list[Matrix],
+    replay: dict[tuple[int, str], Tensor],
 ) -> Callable[..., None]:
     replaying = False
 
@@ -136,6 +168,6 @@ def _replay_hook(
         finally:
             replaying = False
         for matrix in matrices:
-            shown.matrix[index, matrix.role] = _part(again, matrix)
+            shown.matrix[index, matrix.role] = part.of_output(matrix, again)
 
     return hook

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from makd_llm.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 STUDENT_PREFIX = "makd_"
@@ -31,7 +32,8 @@ class Matrix:
     Attributes:
         role: one of q, k, v, o, gate, up, down.
         module: dotted path of the module that stores it, relative to the decoder layer.
-        part, parts: the matrix is the `part`-th of `parts` equal pieces of the module's outputs.
+        part, parts: the matrix is the `part`-th of `parts` that the module holds side by side, or
+            head by head (`modeling_lowrank.fused_layout`).
         transposed: the module stores its weight as (in, out), as GPT-2's Conv1D does, instead of
             (out, in).
     """
@@ -86,6 +88,39 @@ _GPT2_MATRICES = (
 )
 
 
+_PHI3_MATRICES = (
+    Matrix("q", "self_attn.qkv_proj", part=0, parts=3),
+    Matrix("k", "self_attn.qkv_proj", part=1, parts=3),
+    Matrix("v", "self_attn.qkv_proj", part=2, parts=3),
+    Matrix("o", "self_attn.o_proj"),
+    Matrix("gate", "mlp.gate_up_proj", part=0, parts=2),
+    Matrix("up", "mlp.gate_up_proj", part=1, parts=2),
+    Matrix("down", "mlp.down_proj"),
+)
+
+_OPT_MATRICES = (
+    Matrix("q", "self_attn.q_proj"),
+    Matrix("k", "self_attn.k_proj"),
+    Matrix("v", "self_attn.v_proj"),
+    Matrix("o", "self_attn.out_proj"),
+    Matrix("up", "fc1"),
+    Matrix("down", "fc2"),
+)
+
+_WITH_GATE = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+_WITHOUT_GATE = (("q", "k", "v"), ("o",), ("up",), ("down",))
+
+
+def _fused_by_head(attention: str) -> tuple[Matrix, ...]:
+    """GPT-NeoX and Falcon: one module for q, k and v, dense_h_to_4h and back."""
+    return (
+        *(Matrix(r, f"{attention}.query_key_value", part=i, parts=3) for i, r in enumerate("qkv")),
+        Matrix("o", f"{attention}.dense"),
+        Matrix("up", "mlp.dense_h_to_4h"),
+        Matrix("down", "mlp.dense_4h_to_h"),
+    )
+
+
 def _like_llama(model_type: str, causal_lm: str) -> Family:
     return Family(
         model_type=model_type,
@@ -94,7 +129,7 @@ def _like_llama(model_type: str, causal_lm: str) -> Family:
         backbone="model",
         head="lm_head",
         matrices=_LLAMA_MATRICES,
-        shared_inputs=(("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
+        shared_inputs=_WITH_GATE,
     )
 
 
@@ -104,7 +139,45 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _like_llama("qwen3", "Qwen3ForCausalLM"),
     "mistral": _like_llama("mistral", "MistralForCausalLM"),
     "gemma": _like_llama("gemma", "GemmaForCausalLM"),
+    "gemma2": _like_llama("gemma2", "Gemma2ForCausalLM"),
     "gemma3_text": _like_llama("gemma3_text", "Gemma3ForCausalLM"),
+    "olmo2": _like_llama("olmo2", "Olmo2ForCausalLM"),
+    "phi3": Family(
+        model_type="phi3",
+        causal_lm="Phi3ForCausalLM",
+        layers="model.layers",
+        backbone="model",
+        head="lm_head",
+        matrices=_PHI3_MATRICES,
+        shared_inputs=_WITH_GATE,
+    ),
+    "opt": Family(
+        model_type="opt",
+        causal_lm="OPTForCausalLM",
+        layers="model.decoder.layers",
+        backbone="model",
+        head="lm_head",
+        matrices=_OPT_MATRICES,
+        shared_inputs=_WITHOUT_GATE,
+    ),
+    "gpt_neox": Family(
+        model_type="gpt_neox",
+        causal_lm="GPTNeoXForCausalLM",
+        layers="gpt_neox.layers",
+        backbone="gpt_neox",
+        head="lm_head",
+        matrices=_fused_by_head("attention"),
+        shared_inputs=_WITHOUT_GATE,
+    ),
+    "falcon": Family(
+        model_type="falcon",
+        causal_lm="FalconForCausalLM",
+        layers="transformer.h",
+        backbone="transformer",
+        head="lm_head",
+        matrices=_fused_by_head("self_attention"),
+        shared_inputs=_WITHOUT_GATE,
+    ),
     "gpt2": Family(
         model_type="gpt2",
         causal_lm="GPT2LMHeadModel",
@@ -112,19 +185,21 @@ FAMILIES: dict[str, Family] = {
         backbone="transformer",
         head="lm_head",
         matrices=_GPT2_MATRICES,
-        shared_inputs=(("q", "k", "v"), ("o",), ("up",), ("down",)),
+        shared_inputs=_WITHOUT_GATE,
     ),
 }
 
-# What a config may ask for that the objectives and the factorization do not model yet.
+# What a config may ask for that is not built at all, and what only the objectives do not model.
 _NOT_BUILT = {
-    "attn_logit_softcapping": "attention logit softcapping",
-    "final_logit_softcapping": "final logit softcapping",
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
     "add_cross_attention": "cross-attention",
     "use_bidirectional_attention": "bidirectional attention",
+}
+_NOT_DISTILLED = {
+    "attn_logit_softcapping": "attention logit softcapping",
+    "final_logit_softcapping": "final logit softcapping",
 }
 
 
@@ -135,13 +210,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         UserError: the architecture is unknown, or the config asks for something that is not built.
     """
     known = ", ".join(FAMILIES)
-    for field, meaning in _NOT_BUILT.items():
-        value = getattr(config, field, None)
-        if value is not None and value is not False and value != 0:
-            raise UserError(
-                f"model_type {config.model_type!r} has {meaning} ({field}={value}), which is not "
-                f"supported; choose a dense decoder of one of these model types: {known}"
-            )
+    _refuse(config, _NOT_BUILT, f"choose a dense decoder of one of these model types: {known}")
     family = FAMILIES.get(config.model_type.removeprefix(STUDENT_PREFIX))
     if family is None:
         raise UserError(
@@ -151,6 +220,21 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
+def check_distillable(config: PreTrainedConfig) -> None:
+    """Raises UserError for what can be factorized, but what no objective models yet."""
+    _refuse(config, _NOT_DISTILLED, "makd factorize takes it, distillation does not")
+
+
+def _refuse(config: PreTrainedConfig, fields: dict[str, str], advice: str) -> None:
+    for field, meaning in fields.items():
+        value = getattr(config, field, None)
+        if value is not None and value is not False and value != 0:
+            raise UserError(
+                f"model_type {config.model_type!r} has {meaning} ({field}={value}), which is not "
+                f"supported; {advice}"
+            )
+
+
 def matrices_of(family: Family, n_layers: int) -> list[tuple[int, Matrix, str]]:
     """All matrices of a model in order: (layer index, matrix, full module name)."""
     return [
@@ -158,3 +242,11 @@ def matrices_of(family: Family, n_layers: int) -> list[tuple[int, Matrix, str]]:
         for layer in range(n_layers)
         for matrix in family.matrices
     ]
+
+
+def part_of(config: PreTrainedConfig, matrix: Matrix, whole: Tensor, dim: int = -1) -> Tensor:
+    """The matrix's own share of a tensor whose dimension `dim` is its module's outputs."""
+    from makd_llm.models.modeling_lowrank import fused_layout
+
+    layout = fused_layout(config, matrix.module)
+    return whole if layout is None else layout.split(whole, dim)[matrix.part]

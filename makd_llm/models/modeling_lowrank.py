@@ -8,8 +8,8 @@ by such pairs; the config's `lowrank` says which, and with what rank:
     {"model.layers.0.self_attn.q_proj": 96, ...}        one matrix per module
     {"transformer.h.0.attn.c_attn": [64, 64, 96], ...}  q, k, v fused in one module, as in GPT-2
 
-A module that is absent from it stays dense. Attention, caches, generation, checkpointing and tied
-embeddings are transformers' own.
+A module that is absent from it stays dense, and so does a part of a fused one whose rank is null.
+Attention, caches, generation, checkpointing and tied embeddings are transformers' own.
 
 This file travels with an exported model: `save_pretrained` puts a copy beside the weights, and
 `trust_remote_code=True` runs that copy where our package is not installed. It therefore imports
@@ -20,23 +20,35 @@ these models.
 # Shapes: M outputs, K inputs, R rank.
 
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -47,7 +59,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-Ranks = int | list[int]  # of one matrix, or of the parts of a fused one
+Ranks = int | list[int | None]  # of one matrix, or of the parts of a fused one; None: dense
 
 
 def two_matmuls(
@@ -104,21 +116,161 @@ class LowRankLinear(nn.Module):
         )
 
 
+class Fused(NamedTuple):
+    """How a module that holds several matrices lays out its outputs.
+
+    `groups` times the same row of blocks, one block of `widths[i]` outputs for each part i. One
+    group: the parts stand side by side. As many as there are heads: q, k and v of each head do.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    def size(self, part: int) -> int:
+        """Outputs of a part."""
+        return self.groups * self.widths[part]
+
+    def split(self, whole: torch.Tensor, dim: int = -1) -> list[torch.Tensor]:
+        """The parts of a fused tensor along the dimension of its outputs."""
+        dim %= whole.dim()
+        grouped = whole.unflatten(dim, (self.groups, sum(self.widths)))
+        return [part.flatten(dim, dim + 1) for part in grouped.split(self.widths, dim + 1)]
+
+    def join(self, parts: Sequence[torch.Tensor], dim: int = -1) -> torch.Tensor:
+        """The fused tensor of its parts."""
+        dim %= parts[0].dim()
+        if self.groups == 1:
+            return torch.cat(list(parts), dim)
+        grouped = [
+            part.unflatten(dim, (self.groups, width))
+            for part, width in zip(parts, self.widths, strict=True)
+        ]
+        return torch.cat(grouped, dim + 1).flatten(dim, dim + 1)
+
+
+def fused_layout(config: PreTrainedConfig, module: str) -> Fused | None:
+    """The layout of a module of a model, by the last part of its name; None: one matrix."""
+    kind, leaf = config.model_type.removeprefix("makd_"), module.rpartition(".")[2]
+    if (kind, leaf) == ("phi3", "gate_up_proj"):
+        return Fused(1, (config.intermediate_size,) * 2)
+    if (kind, leaf) not in _QKV:
+        return None
+    width, heads = config.hidden_size, config.num_attention_heads
+    if kind == "gpt2":
+        return Fused(1, (width,) * 3)
+    if kind == "phi3":
+        head = getattr(config, "head_dim", None) or width // heads
+        key_value = config.num_key_value_heads * head
+        return Fused(1, (heads * head, key_value, key_value))
+    head = width // heads
+    if kind == "falcon" and config.new_decoder_architecture:
+        groups = config.num_kv_heads
+        return Fused(groups, (heads // groups * head, head, head))
+    if kind == "falcon" and config.multi_query:
+        return Fused(1, (width, head, head))
+    return Fused(heads, (head,) * 3)
+
+
+_QKV = {
+    ("gpt2", "c_attn"),
+    ("phi3", "qkv_proj"),
+    ("gpt_neox", "query_key_value"),
+    ("falcon", "query_key_value"),
+}
+
+
 class LowRankParts(nn.Module):
-    """Factored matrices that read one input, outputs side by side (GPT-2's fused q, k, v)."""
+    """Matrices that read one input, in one module, each factored or (rank None) dense."""
 
     def __init__(
-        self, in_features: int, out_features: int, ranks: list[int], bias: bool = True
+        self, in_features: int, layout: Fused, ranks: list[int | None], bias: bool = True
     ) -> None:
         super().__init__()
-        if out_features % len(ranks):
-            raise ValueError(f"{out_features} outputs cannot be cut into {len(ranks)} equal parts")
-        size = out_features // len(ranks)
-        self.parts = nn.ModuleList(LowRankLinear(in_features, size, rank, bias) for rank in ranks)
+        if len(ranks) != len(layout.widths):
+            raise ValueError(f"{len(ranks)} ranks for {len(layout.widths)} fused matrices")
+        self.layout = layout
+        self.parts = nn.ModuleList(
+            nn.Linear(in_features, layout.size(part), bias)
+            if rank is None
+            else LowRankLinear(in_features, layout.size(part), rank, bias)
+            for part, rank in enumerate(ranks)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., sum of the parts' outputs)."""
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        return self.layout.join([part(x) for part in self.parts])
+
+
+class SharedDown(nn.Module):
+    """The `down` factors of matrices that read one input, stacked, multiplied once for all of them.
+
+    Whoever of its members comes first with an input has the product made; the others, which come
+    with the very same tensor, get their share of it. Nothing is kept once all have had theirs.
+    """
+
+    def __init__(self, members: Sequence[LowRankLinear]) -> None:
+        super().__init__()
+        self.ranks = [member.rank for member in members]
+        stacked = torch.cat([member.down.detach() for member in members])
+        self.down = nn.Parameter(stacked, requires_grad=False)
+        self._input: torch.Tensor | None = None
+        self._shares: dict[int, torch.Tensor] = {}
+
+    def share(self, x: torch.Tensor, member: int) -> torch.Tensor:
+        """(..., K) to (..., R of the member)."""
+        if x is not self._input or member not in self._shares:
+            narrow = F.linear(x, self.down)
+            self._input = x
+            self._shares = dict(enumerate(narrow.split(self.ranks, dim=-1)))
+        found = self._shares.pop(member)
+        if not self._shares:
+            self._input = None
+        return found
+
+
+class PackedLinear(nn.Module):
+    """A `LowRankLinear` whose `down` lies in a `SharedDown`."""
+
+    def __init__(self, dense: LowRankLinear, shared: SharedDown, member: int) -> None:
+        super().__init__()
+        self.member, self.up, self.bias = member, dense.up, dense.bias
+        self._shared = (shared,)  # in a tuple: the first member's parent owns it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) to (..., M)."""
+        return F.linear(self._shared[0].share(x, self.member), self.up, self.bias)
+
+
+# Modules of one parent that read the same tensor.
+_SIBLINGS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)
+
+
+@torch.no_grad()
+def pack(model: nn.Module) -> int:
+    """Stacks the `down` factors of q, k and v, and of gate and up, for faster inference.
+
+    In place, and for good: a packed model has other tensor names than an exported one, is not
+    trained, and is not saved. Returns how many products were saved per token.
+    """
+    saved = 0
+    for parent in list(model.modules()):
+        at, groups = parent, _SIBLINGS
+        if isinstance(parent, LowRankParts):
+            at, groups = parent.parts, (tuple(str(i) for i in range(len(parent.parts))),)
+        for names in groups:
+            found = {name: getattr(at, name, None) for name in names}
+            members = {n: m for n, m in found.items() if isinstance(m, LowRankLinear)}
+            if len(members) < 2:
+                continue
+            shared = SharedDown(list(members.values()))
+            setattr(parent, f"shared_{names[0]}", shared)
+            for number, (name, member) in enumerate(members.items()):
+                setattr(at, name, PackedLinear(member, shared, number))
+            saved += len(members) - 1
+    return saved
 
 
 def multiply_factors(up_MR: torch.Tensor, down_RK: torch.Tensor) -> torch.Tensor:
@@ -147,7 +299,7 @@ class _LowRankCausalLM(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         for name, ranks in (config.lowrank or {}).items():
-            _factor_module(self, name, ranks)
+            factor_module(self, name, ranks, fused_layout(config, name))
         # Under deepspeed.zero.Init parameters refer to themselves: without this, the shards of the
         # replaced matrices would live until some later collection.
         gc.collect()
@@ -164,13 +316,18 @@ class _LowRankCausalLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LowRankLinear):
-            module.reset_parameters(std=self.config.initializer_range)
+            # OPT's config has another name for it.
+            std = getattr(self.config, "initializer_range", None) or self.config.init_std
+            module.reset_parameters(std=std)
         else:
             super()._init_weights(module)
 
 
-def _factor_module(model: nn.Module, name: str, ranks: Ranks) -> None:
-    """Replace the dense module `name` of the model by factors of the given rank or ranks."""
+def factor_module(model: nn.Module, name: str, ranks: Ranks, layout: Fused | None) -> None:
+    """Replace the dense module `name` of a model, or of a part of one, by random factors.
+
+    ranks: a list for a module with a layout, of which each part gets its own.
+    """
     parent_name, _, child = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
@@ -184,8 +341,12 @@ def _factor_module(model: nn.Module, name: str, ranks: Ranks) -> None:
     else:
         raise ValueError(f"config.lowrank names {name!r}, a {type(dense).__name__} and no matrix")
     bias = dense.bias is not None
+    if isinstance(ranks, list) != (layout is not None):
+        kind = "several matrices in one" if layout else "one matrix"
+        raise ValueError(f"config.lowrank gives {name!r} the rank {ranks!r}, but it is {kind}")
     if isinstance(ranks, list):
-        factored: nn.Module = LowRankParts(in_features, out_features, ranks, bias)
+        assert layout is not None
+        factored: nn.Module = LowRankParts(in_features, layout, ranks, bias)
     else:
         factored = LowRankLinear(in_features, out_features, ranks, bias)
     setattr(parent, child, factored)
@@ -242,6 +403,54 @@ class LowRankGemma3ForCausalLM(_LowRankCausalLM, Gemma3ForCausalLM):
     config_class = LowRankGemma3TextConfig
 
 
+class LowRankGemma2Config(_LowRankConfig, Gemma2Config):
+    model_type = "makd_gemma2"
+
+
+class LowRankGemma2ForCausalLM(_LowRankCausalLM, Gemma2ForCausalLM):
+    config_class = LowRankGemma2Config
+
+
+class LowRankPhi3Config(_LowRankConfig, Phi3Config):
+    model_type = "makd_phi3"
+
+
+class LowRankPhi3ForCausalLM(_LowRankCausalLM, Phi3ForCausalLM):
+    config_class = LowRankPhi3Config
+
+
+class LowRankOlmo2Config(_LowRankConfig, Olmo2Config):
+    model_type = "makd_olmo2"
+
+
+class LowRankOlmo2ForCausalLM(_LowRankCausalLM, Olmo2ForCausalLM):
+    config_class = LowRankOlmo2Config
+
+
+class LowRankOPTConfig(_LowRankConfig, OPTConfig):
+    model_type = "makd_opt"
+
+
+class LowRankOPTForCausalLM(_LowRankCausalLM, OPTForCausalLM):
+    config_class = LowRankOPTConfig
+
+
+class LowRankGPTNeoXConfig(_LowRankConfig, GPTNeoXConfig):
+    model_type = "makd_gpt_neox"
+
+
+class LowRankGPTNeoXForCausalLM(_LowRankCausalLM, GPTNeoXForCausalLM):
+    config_class = LowRankGPTNeoXConfig
+
+
+class LowRankFalconConfig(_LowRankConfig, FalconConfig):
+    model_type = "makd_falcon"
+
+
+class LowRankFalconForCausalLM(_LowRankCausalLM, FalconForCausalLM):
+    config_class = LowRankFalconConfig
+
+
 class LowRankGPT2Config(_LowRankConfig, GPT2Config):
     model_type = "makd_gpt2"
 
@@ -271,6 +480,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         LowRankGemma3TextConfig,
         LowRankGemma3ForCausalLM,
     ),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, LowRankGemma2Config, LowRankGemma2ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM, LowRankPhi3Config, LowRankPhi3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, LowRankOlmo2Config, LowRankOlmo2ForCausalLM),
+    "opt": (OPTConfig, OPTForCausalLM, LowRankOPTConfig, LowRankOPTForCausalLM),
+    "gpt_neox": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LowRankGPTNeoXConfig,
+        LowRankGPTNeoXForCausalLM,
+    ),
+    "falcon": (FalconConfig, FalconForCausalLM, LowRankFalconConfig, LowRankFalconForCausalLM),
     "gpt2": (GPT2Config, GPT2LMHeadModel, LowRankGPT2Config, LowRankGPT2LMHeadModel),
 }
 

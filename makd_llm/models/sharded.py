@@ -21,7 +21,7 @@ from makd_kernels import lowrank_linear
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import TensorReader, read_config
 from makd_llm.errors import UserError
-from makd_llm.models.capture import CAPTURING_SDPA
+from makd_llm.models.capture import attention_of
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
 from makd_llm.models.modeling_lowrank import LowRankLinear, model_class_for
@@ -48,7 +48,7 @@ def load_sharded(
                 deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
             )
         model = model_class_for(config)._from_config(
-            config, dtype=dtype, attn_implementation=CAPTURING_SDPA
+            config, dtype=dtype, attn_implementation=attention_of(config)
         )
     model.tie_weights()
     for module in model.modules():

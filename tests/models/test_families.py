@@ -6,28 +6,19 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from makd_llm.errors import UserError
-from makd_llm.models.families import FAMILIES, family_of, matrices_of
+from makd_llm.models.families import FAMILIES, check_distillable, family_of, matrices_of
 from makd_llm.models.modeling_lowrank import lowrank_config
-
-LAYERS = 2
+from makd_llm.testing import TINY_LAYERS as LAYERS
+from makd_llm.testing import tiny_config
 
 
 def tiny_model(model_type: str) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=48,
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        **({} if model_type == "gpt2" else {"intermediate_size": 40, "num_key_value_heads": 2}),
-        **({"head_dim": 8} if model_type in ("qwen3", "gemma", "gemma3_text") else {}),
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -93,9 +84,7 @@ def test_a_student_belongs_to_its_teachers_family(model: Any) -> None:
 @pytest.mark.parametrize(
     ("model_type", "fields", "said"),
     [
-        ("opt", {}, "llama, qwen2, qwen3, mistral, gemma, gemma3_text, gpt2"),
-        ("gemma2", {}, "softcapping"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "softcapping"),
+        ("bloom", {}, "llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text, olmo2, phi3, opt"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
         ("mixtral", {}, "mixture of experts"),
         ("qwen3_moe", {}, "mixture of experts"),
@@ -110,3 +99,16 @@ def test_what_is_not_built_is_an_error_that_names_what_is(
     assert repr(model_type) in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("gemma2"),
+        AutoConfig.for_model("gemma3_text", final_logit_softcapping=30.0),
+    ],
+)
+def test_what_cannot_be_distilled_yet_can_be_factorized(config: PreTrainedConfig) -> None:
+    assert family_of(config).model_type == config.model_type
+    with pytest.raises(UserError, match="softcapping"):
+        check_distillable(config)

@@ -12,53 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from makd_llm.models import modeling_lowrank
-from makd_llm.models.families import FAMILIES, family_of, matrices_of
+from makd_llm.models.families import FAMILIES, family_of, matrices_of, part_of
 from makd_llm.models.modeling_lowrank import (
     ARCHITECTURES,
+    Fused,
     LowRankLinear,
     LowRankParts,
+    SharedDown,
     base_config,
     is_lowrank,
     lowrank_config,
     model_class_for,
+    pack,
 )
-from makd_llm.testing import run_on_ranks
+from makd_llm.testing import TINY_LAYERS as LAYERS
+from makd_llm.testing import run_on_ranks, tiny_config
 
-LAYERS = 2
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
-
-
-def tiny_config(model_type: str, tied: bool = False) -> PreTrainedConfig:
-    own: dict[str, dict[str, Any]] = {
-        "llama": {"attention_bias": True, "mlp_bias": True},
-        "qwen3": {"head_dim": 16},  # wider than hidden_size / heads, as the real ones
-        "mistral": {"sliding_window": 4},
-        "gemma": {"head_dim": 8},
-        "gemma3_text": {
-            "head_dim": 8,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "query_pre_attn_scalar": 8,
-        },
-    }
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=48,
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-        **({} if model_type == "gpt2" else {"intermediate_size": 40, "num_key_value_heads": 2}),
-        **own.get(model_type, {}),
-    )
-    config.architectures = [FAMILIES[model_type].causal_lm]
-    return config
 
 
 def ranks_of(config: PreTrainedConfig, rank: int) -> dict[str, int | list[int]]:
@@ -83,13 +56,14 @@ def exact_student(teacher: Any) -> Any:
     state = teacher.state_dict()
     for _, matrix, name in matrices_of(family, LAYERS):
         weight = teacher.state_dict()[f"{name}.weight"]
-        weight_MK = (weight.T if matrix.transposed else weight).chunk(matrix.parts)[matrix.part]
+        weight = weight.T if matrix.transposed else weight
+        weight_MK = part_of(teacher.config, matrix, weight, 0)
         u, s, vh = torch.linalg.svd(weight_MK, full_matrices=False)
         prefix = f"{name}.parts.{matrix.part}" if matrix.parts > 1 else name
         state[f"{prefix}.up"], state[f"{prefix}.down"] = u * s.sqrt(), s.sqrt()[:, None] * vh
         if f"{name}.bias" in teacher.state_dict() and matrix.parts > 1:
             bias = teacher.state_dict()[f"{name}.bias"]
-            state[f"{prefix}.bias"] = bias.chunk(matrix.parts)[matrix.part]
+            state[f"{prefix}.bias"] = part_of(teacher.config, matrix, bias, 0)
             state.pop(f"{name}.bias", None)
         state.pop(f"{name}.weight", None)
         if matrix.parts > 1:
@@ -255,21 +229,61 @@ def test_classes_are_module_attributes_and_models_are_copied_whole(model_type: s
         assert torch.equal(twin(IDS).logits, student(IDS).logits)
 
 
-def test_parts_are_laid_side_by_side() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_parts_are_laid_out_as_the_dense_module_has_them(groups: int) -> None:
     torch.manual_seed(0)
-    parts = LowRankParts(6, 12, [1, 2, 3])
+    layout = Fused(groups, (4, 2, 2))
+    module = LowRankParts(6, layout, [1, None, 3])
     x = torch.randn(2, 5, 6)
-    y = parts(x)
-    assert y.shape == (2, 5, 12)
-    modules: Any = parts.parts
-    for part, (module, out) in enumerate(zip(modules, y.chunk(3, dim=-1), strict=True)):
-        assert module.rank == part + 1
-        dense = x @ module.dense_weight().T + module.bias
-        torch.testing.assert_close(out, dense)
-    with pytest.raises(ValueError, match="equal parts"):
-        LowRankParts(6, 12, [1] * 5)
+    y = module(x)
+    assert y.shape == (2, 5, 8 * groups)
+    parts: Any = module.parts
+    for number, (part, out) in enumerate(zip(parts, layout.split(y), strict=True)):
+        assert out.shape[-1] == layout.size(number) == groups * layout.widths[number]
+        weight = part.weight if number == 1 else part.dense_weight()
+        torch.testing.assert_close(out, x @ weight.T + part.bias)
+    weight = torch.randn(8 * groups, 6)
+    assert torch.equal(layout.join(layout.split(weight, 0), 0), weight)
+    with pytest.raises(ValueError, match="2 ranks for 3 fused"):
+        LowRankParts(6, layout, [1, 2])
     with pytest.raises(ValueError, match="at least 1"):
         LowRankLinear(6, 12, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"new_decoder_architecture": False, "multi_query": True},
+        {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4},
+        {
+            "new_decoder_architecture": False,
+            "multi_query": False,
+            "num_kv_heads": 4,
+            "alibi": True,
+            "bias": True,
+        },
+    ],
+    ids=["multi-query", "head by head", "alibi"],
+)
+def test_falcons_earlier_layouts(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = tiny_config("falcon")
+    for name, value in fields.items():
+        setattr(config, name, value)
+    teacher: Any = model_class_for(config)(config).double().eval()
+    student = exact_student(teacher)
+    with torch.no_grad():
+        torch.testing.assert_close(student(IDS).logits, teacher(IDS).logits)
+
+
+def test_ranks_that_do_not_fit_the_module_are_an_error() -> None:
+    for model_type, name, ranks in (
+        ("gpt2", "transformer.h.0.attn.c_attn", 3),
+        ("llama", "model.layers.0.mlp.up_proj", [3]),
+    ):
+        config = lowrank_config(tiny_config(model_type), {name: ranks})
+        with pytest.raises(ValueError, match=f"gives '{name}' the rank"):
+            model_class_for(config)(config)
 
 
 @run_on_ranks(1)  # in a process of its own, since deepspeed patches torch
@@ -295,3 +309,22 @@ def test_built_under_zero_init_only_the_student_remains() -> None:
     part = student.transformer.h[0].attn.c_attn.parts[1]
     with deepspeed.zero.GatheredParameters(list(part.parameters())):
         assert 0.005 < part.dense_weight().std().item() < 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_packed_factors_write_the_same(model_type: str) -> None:
+    student = random_student(model_type)
+    nn.init.normal_(student.get_output_embeddings().weight)
+    ids = IDS[:1]
+    with torch.no_grad():
+        before = student(ids).logits
+        written = student.generate(ids, max_new_tokens=6, do_sample=False)
+        stored = sum(p.numel() for p in student.parameters())
+        saved = pack(student)
+        torch.testing.assert_close(student(ids).logits, before)
+        assert torch.equal(student.generate(ids, max_new_tokens=6, do_sample=False), written)
+    gated = any(matrix.role == "gate" for matrix in family_of(student.config).matrices)
+    assert saved == LAYERS * (3 if gated else 2)
+    assert sum(p.numel() for p in student.parameters()) == stored
+    assert all(m._input is None for m in student.modules() if isinstance(m, SharedDown))
+    assert pack(student) == 0
