@@ -12,7 +12,7 @@ arguments.
 import difflib
 import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Layers = Literal["shallow", "deep", "all"] | tuple[int, ...]
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 class Section(BaseModel):
@@ -118,12 +119,30 @@ class SftConfig(Section):
     train: TrainConfig = TrainConfig(learning_rate=1e-4)
 
 
+class RefineConfig(Section):
+    """Training of each layer by itself after its truncation, on the calibration text."""
+
+    epochs: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    loss: Literal["least_squares", "lillama"] = "least_squares"
+    inputs: Literal["student", "teacher", "both"] = "student"
+
+
 class StudentConfig(Section):
     """How the student is cut from the teacher (methods.md section 5)."""
 
-    method: Literal["svd", "whitened"] = "whitened"
+    method: Literal["svd", "fwsvd", "asvd", "whitened", "fisher", "sequential", "refitted"] = (
+        "fisher"
+    )
     keep_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Parameters kept in the factorized matrices."""
+    budget: Literal["uniform", "greedy", "sensitivity"] = "greedy"
+    """The same share of every matrix, or ranks where they save most: of the outputs' error
+    (greedy), or of the model's loss (sensitivity)."""
+    rank_multiple: Positive = 16
+    limits: dict[Role, tuple[Fraction, Fraction]] = {}
+    """Role -> the least and the largest share of such a matrix that may be kept."""
+    refine: RefineConfig | None = None
     calibration_records: Positive = 256
     calibration_batch: Positive = 8
 
@@ -155,7 +174,7 @@ class MatrixConfig(ObjectiveConfig):
     """Matrix level: outputs of q k v o (L_MHA) and gate up down (L_FNN)."""
 
     layers: Layers = "shallow"
-    roles: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+    roles: tuple[Role, ...] = (
         "q",
         "k",
         "v",
@@ -322,6 +341,17 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
         raise UserError(_first_line(error, where, overrides)) from None
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def checked(section: type[SomeSection], values: dict[str, Any]) -> SomeSection:
+    """A section from plain values, as a command's options give them. Raises UserError."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_line(error, "command line", [])) from None
 
 
 def _preset_of(given: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Everything here works without a process group as well: a plain `python` is a run
 """
 
 import ctypes
+import io
 import logging
 import os
 import pickle
@@ -23,6 +24,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,12 +62,13 @@ def init() -> None:
     # it in /dev/shm for good. Some hundred runs of it filled a machine's memory.
     local_size = os.environ.pop("LOCAL_SIZE", None)
     try:
-        init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
-            auto_mpi_discovery=False,
-            timeout=COLLECTIVE_TIMEOUT,
-            verbose=False,
-        )
+        with redirect_stdout(io.StringIO()):  # it says what it built, where a report goes
+            init_distributed(
+                dist_backend=accelerator.communication_backend_name(),
+                auto_mpi_discovery=False,
+                timeout=COLLECTIVE_TIMEOUT,
+                verbose=False,
+            )
     finally:
         if local_size is not None:
             os.environ["LOCAL_SIZE"] = local_size

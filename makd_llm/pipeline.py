@@ -29,26 +29,26 @@ from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
 from makd_llm.config import RunConfig, TrainConfig, dump_config
-from makd_llm.data.batch import collate
+from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.prompt import usable_examples
 from makd_llm.data.records import RecordList, content_of, describe_skipped
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
-from makd_llm.factorize.parallel import MatrixReport, factorize
-from makd_llm.factorize.statistics import covariances
+from makd_llm.factorize.student import factorize
 from makd_llm.files import sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
 from makd_llm.report.table import evaluation_table, factorization_table, show
-from makd_llm.stages import Key, Stages, digest
+from makd_llm.stages import STAGES, Key, Stages, digest
 from makd_llm.train.build import (
     build_balance,
     build_loader,
     build_objectives,
     build_prompts,
+    build_recipe,
     build_records,
     build_schedule,
     staged_shares,
@@ -63,8 +63,6 @@ from makd_llm.train.deepspeed_config import (
 from makd_llm.train.engine import Frozen, Trained, whole_tensors
 from makd_llm.train.loop import Loop, LoopSettings
 from makd_llm.train.step import distill_step, finetune_step
-
-STAGES = ("sft", "factorize", "distil", "evaluate")
 
 
 class Run:
@@ -302,48 +300,32 @@ class Run:
     def _factorize(self, teacher: Path, result: Path) -> None:
         settings = self.config.student
         tokenizer = load_tokenizer(teacher)
-        statistics = None
-        if settings.method == "whitened":
-            engine = self._frozen(teacher, settings.calibration_batch)
+        recipe = build_recipe(settings)
+        batches: list[Batch] = []
+        if recipe.needs_calibration:
             examples = self._calibration(tokenizer)
-            size = settings.calibration_batch
-            batches = [
-                collate(examples[i : i + size], pad_id_of(tokenizer)).to(distributed.device())
-                for i in range(0, len(examples), size)
-            ]
+            batches = batches_of(examples, settings.calibration_batch, pad_id_of(tokenizer))
             self.tell(
                 f"factorize: calibration on {len(examples) * distributed.world_size()} prompts"
             )
-            statistics = covariances(
-                engine.model, engine, batches, read_config(teacher).num_hidden_layers
-            )
-            engine.close()
         reports = factorize(
             teacher,
             result,
-            keep_ratio=settings.keep_ratio,
-            covariances=statistics,
+            recipe,
+            batches,
             tokenizer=tokenizer,
+            dtype=self.dtype,
+            tell=self.tell,
         )
         counts = distributed.on_main(self._count, {"teacher": teacher, "student": result})
         report = {
-            "method": settings.method,
-            "keep_ratio": settings.keep_ratio,
+            **settings.model_dump(),
             "matrices": [r.__dict__ for r in reports],
             "parameters": {n: c.__dict__ for n, c in counts.items()},
         }
         distributed.on_main(_write_json, self.dir / "factorization.json", report)
-        self._say_factorized(reports, counts)
-
-    def _say_factorized(
-        self, reports: list[MatrixReport], counts: dict[str, ParameterCount]
-    ) -> None:
         if distributed.is_main():
-            show(
-                factorization_table(
-                    [r.__dict__ for r in reports], {n: c.__dict__ for n, c in counts.items()}
-                )
-            )
+            show(factorization_table(report))
 
     def _calibration(self, tokenizer: Any) -> list[Example]:
         """This rank's training examples for calibration; the same number on every rank."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from makd_llm.files import write_whole
 
+STAGES = ("sft", "factorize", "distil", "evaluate")
+
 Key = dict[str, Any]
 
 

@@ -105,7 +105,7 @@ def config(tiny: Path) -> Path:
 teacher: {{model: {tiny}/teacher}}
 data: {{source: {tiny}, max_length: 64}}
 sft: {{enabled: true, train: {{steps: 3, batch_size: 4, checkpoint_every: 2}}}}
-student: {{calibration_records: 8, calibration_batch: 4}}
+student: {{rank_multiple: 4, calibration_records: 8, calibration_batch: 4}}
 distil:
   weights: balanced
   balance: {{every: 3}}

@@ -117,6 +117,11 @@ def collate(
     )
 
 
+def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
+    """The examples in their order, `size` to a batch; the last may be smaller."""
+    return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
+
+
 def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:
     """Prompts as a left-padded batch without targets, for generation."""
     examples = [Example(f"prompt {i}", list(ids), len(ids)) for i, ids in enumerate(prompts)]

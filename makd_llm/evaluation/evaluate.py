@@ -16,10 +16,11 @@ from makd_llm.data.batch import Batch
 from makd_llm.data.prompt import PromptBuilder, usable_examples
 from makd_llm.data.records import RecordList, describe_skipped
 from makd_llm.data.schema import Example, OnBadRecord, Record
+from makd_llm.data.text import read_tokens, text_windows
 from makd_llm.errors import UserError
 from makd_llm.evaluation import rouge
 from makd_llm.evaluation.baselines import lead_k
-from makd_llm.evaluation.perplexity import Perplexity, perplexity, text_windows
+from makd_llm.evaluation.perplexity import Perplexity, perplexity
 from makd_llm.evaluation.summaries import summarize
 
 
@@ -138,20 +139,11 @@ def evaluate_text(
     No BOS is added beyond what the tokenizer adds by itself; the file's first token is not
     predicted. Raises UserError where the file is missing, empty or not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluation.text {path}: not readable as UTF-8 text: {error}") from None
-    tokens: list[int] = tokenizer(text)["input_ids"]
-    if len(tokens) < 2:
-        raise UserError(
-            f"evaluation.text {path}: holds {len(tokens)} tokens, at least 2 are needed"
-        )
+    tokens, size = read_tokens(path, tokenizer, "evaluation.text")
     try:
         windows = text_windows(tokens, window=window, stride=stride)
     except ValueError as error:
         raise UserError(f"evaluation.text_stride: {error}") from None
-    size = len(text.encode())
     found = perplexity(model, windows, batch_size=batch_size, pad_id=pad_id, utf8_bytes=size)
     return {"file": path.name, "window": window, "stride": stride, **_as_json(found)}
 

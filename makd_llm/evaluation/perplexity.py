@@ -72,27 +72,6 @@ def perplexity(
     return Perplexity(nats, int(tokens), utf8_bytes)
 
 
-def text_windows(tokens: Sequence[int], *, window: int, stride: int) -> list[Example]:
-    """Plain text as overlapping windows; every token but the first is predicted exactly once.
-
-    Each window predicts its last `stride` tokens (the first window: all but its first), so a
-    predicted token has at least window - stride tokens of context. Raises ValueError where stride
-    is not in [1, window).
-    """
-    if not 1 <= stride < window:
-        raise ValueError(
-            f"stride is {stride}, expected at least 1 and less than the window ({window})"
-        )
-    examples = []
-    predicted = 1  # the first token has no context
-    while predicted < len(tokens):
-        end = min(window if predicted == 1 else predicted + stride, len(tokens))
-        start = max(0, end - window)
-        examples.append(Example(f"window@{start}", list(tokens[start:end]), predicted - start))
-        predicted = end
-    return examples
-
-
 def _nats(batch: Batch, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
     labels_N = batch.labels_BT.flatten()[batch.targets_N]

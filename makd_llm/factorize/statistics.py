@@ -1,72 +1,112 @@
-"""Calibration: the covariance X X^T of every matrix's inputs over real prompts.
+"""What is gathered of the inputs of a layer's matrices, over real tokens.
 
-Matrices that read the same stream (q k v; gate up) share one covariance. Products and sums are in
-float64: in float32 the Cholesky factorization that follows fails. Held on every rank: one K x K
-float64 matrix per layer and shared input.
+Matrices that read the same stream (q k v; gate up) share their inputs and so one statistic, kept
+under the role of the first of them. Products and sums are in float64: in float32 the Cholesky
+factorization that follows fails.
 """
-# N tokens, K inputs
+# N real tokens, K inputs
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
-from makd_llm.models.causal import CausalModel
+from makd_llm.factorize.walk import Reached
 from makd_llm.models.families import Family
 
-Covariances = dict[tuple[int, str], Tensor]
-"""(layer, role of the first matrix that reads the input) -> X X^T (K, K), float64."""
+Inputs = dict[str, Tensor]
+"""Role of the first matrix that reads an input -> that input (B, T, K)."""
 
 
-def input_groups(family: Family) -> dict[str, str]:
-    """Role -> the role under which its input's covariance is kept."""
+def group_of(family: Family) -> dict[str, str]:
+    """Role -> the role under which its input's statistic is kept."""
     return {role: group[0] for group in family.shared_inputs for role in group}
 
 
-def covariances(
-    model: CausalModel, forward: Callable[[Batch], Any], batches: Iterable[Batch], n_layers: int
-) -> Covariances:
-    """Runs the batches of this rank through `forward` and sums X X^T over real tokens and over
-    ranks.
+@contextmanager
+def inputs_of(layer: nn.Module, family: Family, roles: tuple[str, ...]) -> Iterator[Inputs]:
+    """Inside the `with`, holds what the matrices of these roles read in the layer's last forward.
 
-    forward: the engine of `model`. Every rank must have the same number of batches. Raises
-    ValueError where an input holds values that are not finite.
+    The layer may be the teacher's, or a student's whose modules are factored.
     """
-    found: Covariances = {}
-    real_N: list[Tensor] = []
-    layers: nn.ModuleList = model.model.get_submodule(model.family.layers)  # type: ignore[assignment]
-    firsts = set(input_groups(model.family).values())
+    seen: Inputs = {}
+
+    def remember(role: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[role] = inputs[0].detach()
+
+        return hook
+
     with ExitStack() as stack:
-        for layer in range(n_layers):
-            for matrix in model.family.matrices:
-                if matrix.role in firsts:
-                    hook = _accumulate(found, (layer, matrix.role), real_N)
-                    module = layers[layer].get_submodule(matrix.module)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
-        for batch in batches:
-            real_N[:] = [batch.token_mask_BT.flatten()]
-            forward(batch)
-    for key in found:
-        found[key] = distributed.sum_over_ranks(found[key])
-        if not bool(found[key].isfinite().all()):
-            raise ValueError(
-                f"calibration: inputs of layer {key[0]}, matrix {key[1]} are not finite"
-            )
-    return found
+        for matrix in family.matrices:
+            if matrix.role in roles:
+                module = layer.get_submodule(matrix.module)
+                handle = module.register_forward_pre_hook(remember(matrix.role))
+                stack.callback(handle.remove)
+        yield seen
 
 
-def _accumulate(
-    found: Covariances, key: tuple[int, str], real_N: list[Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x_NK = inputs[0].detach().flatten(0, -2)[real_N[0]].to(torch.float64)
-        if key in found:
-            found[key].addmm_(x_NK.T, x_NK)
-        else:
-            found[key] = x_NK.T @ x_NK
+@contextmanager
+def only_input_of(layer: nn.Module, family: Family, role: str) -> Iterator[None]:
+    """Inside the `with`, a walk's step through the layer ends at this matrix and returns its
+    input.
+    """
 
-    return hook
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise Reached(inputs[0])
+
+    name = next(matrix.module for matrix in family.matrices if matrix.role == role)
+    handle = layer.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def real_rows(x_BTK: Tensor, batch: Batch) -> Tensor:
+    """(N, K) float64: the rows that stand for real tokens."""
+    mask_N = batch.token_mask_BT.flatten().to(x_BTK.device)
+    return x_BTK.flatten(0, -2)[mask_N].double()
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the real tokens that one rank has seen of one input.
+
+    covariance_KK: X X^T. sum_abs_K: of |x|. tokens: how many. float64.
+    """
+
+    covariance_KK: Tensor
+    sum_abs_K: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> "InputStatistics":
+        return cls(
+            torch.zeros(width, width, dtype=torch.float64, device=device),
+            torch.zeros(width, dtype=torch.float64, device=device),
+        )
+
+    def add(self, x_NK: Tensor) -> None:
+        """Counts (N, K) rows in."""
+        self.covariance_KK.addmm_(x_NK.T, x_NK)
+        self.sum_abs_K += x_NK.abs().sum(0)
+        self.tokens += len(x_NK)
+
+    @property
+    def mean_abs_K(self) -> Tensor:
+        """Mean |x| per input."""
+        return self.sum_abs_K / max(self.tokens, 1)
+
+    def over_ranks(self) -> "InputStatistics":
+        """The sums of all ranks, on every rank. Collective."""
+        tokens = torch.tensor([self.tokens], device=self.sum_abs_K.device)
+        return InputStatistics(
+            distributed.sum_over_ranks(self.covariance_KK),
+            distributed.sum_over_ranks(self.sum_abs_K),
+            int(distributed.sum_over_ranks(tokens)),
+        )

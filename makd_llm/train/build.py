@@ -6,12 +6,14 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.config import DataConfig, DistilConfig, Layers, TrainConfig
+from makd_llm.config import DataConfig, DistilConfig, Layers, StudentConfig, TrainConfig
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import RecordList, RecordStream, load_records
 from makd_llm.data.schema import Columns
 from makd_llm.errors import UserError
+from makd_llm.factorize.refine import Refinement
+from makd_llm.factorize.student import Recipe
 from makd_llm.models.families import Family
 from makd_llm.objectives.combine import ModelLevel, Objectives
 from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_term
@@ -71,6 +73,18 @@ def build_loader(
         padding_side=data.padding_side,
         shuffle_buffer=data.shuffle_buffer,
         on_bad_record=data.on_bad_record,
+    )
+
+
+def build_recipe(student: StudentConfig) -> Recipe:
+    """How the student is to be cut."""
+    return Recipe(
+        keep_ratio=student.keep_ratio,
+        method=student.method,
+        budget=student.budget,
+        rank_multiple=student.rank_multiple,
+        limits=dict(student.limits.items()),
+        refine=Refinement(**student.refine.model_dump()) if student.refine else None,
     )
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from makd_llm.data.batch import Batch
 from makd_llm.data.schema import Example
-from makd_llm.evaluation.perplexity import perplexity, text_windows
+from makd_llm.data.text import text_windows
+from makd_llm.evaluation.perplexity import perplexity
 from makd_llm.testing import launch_ranks
 
 

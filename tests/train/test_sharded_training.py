@@ -39,12 +39,19 @@ def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
 def factorized(folder: Path) -> Path:
     """The student's folder, made by plain SVD; every rank calls this, first of all."""
     from makd_llm import distributed
-    from makd_llm.factorize.parallel import factorize
+    from makd_llm.factorize.student import Recipe, factorize
     from makd_llm.models.source import load_tokenizer
 
     distributed.init()
     teacher, student = folder / "teacher", folder / f"student-{distributed.world_size()}"
-    factorize(teacher, student, keep_ratio=0.5, covariances=None, tokenizer=load_tokenizer(teacher))
+    factorize(
+        teacher,
+        student,
+        Recipe(keep_ratio=0.5, method="svd", rank_multiple=1),
+        [],
+        tokenizer=load_tokenizer(teacher),
+        dtype=torch.float32,
+    )
     return student
 
 

@@ -1,0 +1,182 @@
+"""The second walk: the student is built layer by layer beside the teacher, on its own stream.
+
+What an earlier cut has lost is then known to the matrices after it. Inside a layer the groups of
+matrices that share an input follow each other in the order in which they work: q k v, then o on
+what the factored q k v make, and so on.
+"""
+# M outputs, K inputs, R rank
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from makd_llm import distributed
+from makd_llm.factorize import decompose, parallel
+from makd_llm.factorize.calibration import part_of
+from makd_llm.factorize.decompose import Factors
+from makd_llm.factorize.matrices import Job, dense_matrix, place
+from makd_llm.factorize.parts import Parts
+from makd_llm.factorize.ranks import Rank
+from makd_llm.factorize.refine import Refinement, refine_block
+from makd_llm.factorize.statistics import only_input_of, real_rows
+from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.report.progress import progress
+
+ON_STREAM = ("sequential", "refitted")
+
+
+def factors_part(job: Job) -> str:
+    """The name under which a matrix's factors are kept."""
+    return f"{job.layer:04d}.{job.matrix.role}.factors"
+
+
+def refined_part(layer: int) -> str:
+    """The name under which a layer's refined factors are kept."""
+    return f"{layer:04d}.refined"
+
+
+@dataclass
+class OnStream:
+    """Builds a student's layers. method: `sequential` and `refitted` decompose anew; any other
+    takes the components that calibration kept, to be refined. factors: where what is made goes.
+    """
+
+    walk: Walk
+    components: Parts
+    factors: Parts
+    method: str
+    refinement: Refinement | None
+
+    def run(self, jobs: Sequence[Job], ranks: Sequence[Rank]) -> None:
+        """Every matrix of every layer; what it makes is in `factors`. Collective."""
+        walk = self.walk
+        student = walk.embedded()
+        teacher = list(student)
+        with progress("factorize: student's layers", len(walk)) as advance:
+            for index in range(len(walk)):
+                own = [(j, r) for j, r in zip(jobs, ranks, strict=True) if j.layer == index]
+                original = walk.layer(index)
+                layer = deepcopy(original)
+                after = walk.advanced(index, original, teacher)
+                for group in walk.family.shared_inputs:
+                    members = [(j, r) for j, r in own if j.matrix.role in group]
+                    self._place(index, layer, original, members, student, teacher)
+                if self.refinement:
+                    self._refine(index, layer, own, student, teacher, after)
+                student = walk.advanced(index, layer, student)
+                teacher = after
+                advance()
+
+    def _place(
+        self,
+        index: int,
+        layer: nn.Module,
+        original: nn.Module,
+        members: Sequence[tuple[Job, Rank]],
+        student: Stream,
+        teacher: Stream,
+    ) -> None:
+        """Factorizes one group of a layer and puts the factors into the student's layer."""
+        cut = [(job, rank) for job, rank in members if rank is not None]
+        if self.method in ON_STREAM:
+            missing = set(self.factors.missing([factors_part(job) for job, _ in cut]))
+            todo = [(job, rank) for job, rank in cut if factors_part(job) in missing]
+            if todo:
+                sums = self._sums(index, layer, original, members[0][0], student, teacher)
+                costs = [
+                    parallel.decomposition_cost(j.shape.rows, j.shape.columns) for j, _ in todo
+                ]
+                for number in parallel.mine(costs):
+                    self._factorize(*todo[number], sums)
+                distributed.barrier()
+        anew = self.method in ON_STREAM
+        parts = self.factors if anew else self.components
+        place(
+            layer,
+            [
+                (job, None if rank is None else read_factors(parts, job, rank, anew=anew))
+                for job, rank in members
+            ],
+        )
+
+    def _sums(
+        self,
+        index: int,
+        layer: nn.Module,
+        original: nn.Module,
+        first: Job,
+        student: Stream,
+        teacher: Stream,
+    ) -> dict[str, Tensor]:
+        """X' X'^T of the student's inputs and, for refitting, X X'^T and X X^T; over all ranks."""
+        walk, role = self.walk, first.matrix.role
+        width = first.shape.columns
+        names = ("student", "cross", "teacher") if self.method == "refitted" else ("student",)
+        sums = {
+            n: torch.zeros(width, width, dtype=torch.float64, device=walk.device) for n in names
+        }
+        with (
+            torch.no_grad(),
+            only_input_of(layer, walk.family, role),
+            only_input_of(original, walk.family, role),
+        ):
+            for batch, before, teachers in zip(walk.batches, student, teacher, strict=True):
+                x_NK = real_rows(walk.step(index, layer, batch, before), batch)
+                sums["student"].addmm_(x_NK.T, x_NK)
+                if self.method == "refitted":
+                    target_NK = real_rows(walk.step(index, original, batch, teachers), batch)
+                    sums["cross"].addmm_(target_NK.T, x_NK)
+                    sums["teacher"].addmm_(target_NK.T, target_NK)
+        return {name: distributed.sum_over_ranks(total) for name, total in sums.items()}
+
+    def _factorize(self, job: Job, rank: int, sums: dict[str, Tensor]) -> None:
+        weight_MK = dense_matrix(self.walk.reader, job).to(self.walk.device)
+        if self.method == "refitted":
+            found = decompose.refitted(weight_MK, sums["student"], sums["cross"], sums["teacher"])
+        else:
+            found = decompose.whitened(weight_MK, sums["student"])
+        factors: Factors = found.first(rank)
+        tensors = {
+            "down": factors.down_RK.float(),
+            "up": factors.up_MR.float(),
+            "residual": torch.tensor([factors.residual], dtype=torch.float64),
+        }
+        self.factors.write(factors_part(job), tensors)
+
+    def _refine(
+        self,
+        index: int,
+        layer: nn.Module,
+        own: Sequence[tuple[Job, Rank]],
+        student: Stream,
+        teacher: Stream,
+        after: Stream,
+    ) -> None:
+        assert self.refinement is not None
+        part = refined_part(index)
+        if self.factors.missing([part]):
+            streams = {"student": student, "teacher": teacher}
+            losses = refine_block(self.walk, index, layer, streams, after, self.refinement)
+            tensors = dict(_factors_in(layer))
+            tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+            distributed.on_main(self.factors.write, part, tensors)
+            return
+        refined = self.factors.read(part)
+        with torch.no_grad():
+            for name, parameter in _factors_in(layer):
+                parameter.copy_(refined[name])
+
+
+def _factors_in(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, p) for n, p in layer.named_parameters() if n.endswith((".down", ".up"))]
+
+
+def read_factors(parts: Parts, job: Job, rank: int, *, anew: bool) -> tuple[Tensor, Tensor]:
+    """(down_RK, up_MR) of a matrix before refinement. anew: made on this walk, and not cut from the
+    components of calibration.
+    """
+    tensors = parts.read(factors_part(job) if anew else part_of(job))
+    return tensors["down"][:rank], tensors["up"][:, :rank]

@@ -1,0 +1,106 @@
+"""Local refinement: a layer's factor pairs are fitted to the teacher's layer by steps of Adam.
+
+Only the factors of one decoder layer learn, from the hidden states that the walk holds anyway; no
+gradient leaves the layer. What closed form there is (methods `refitted`) has been used before it:
+that is the optimum for one matrix, this is for what the matrices of a layer do together.
+"""
+# B batch, T tokens, D width, N real tokens
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from makd_llm import distributed
+from makd_llm.data.batch import Batch
+from makd_llm.factorize.walk import Stream, Walk
+
+
+def least_squares(output_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """|a - y|^2 / |y|^2 over all tokens."""
+    return (output_ND - target_ND).square().sum() / target_ND.square().sum()
+
+
+def lillama(output_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """mean|a - y| - mean log sigmoid(cos(a, y)). Source: Lillama (Sy et al. 2024)."""
+    cosine_N = F.cosine_similarity(output_ND, target_ND, dim=-1)
+    return (output_ND - target_ND).abs().mean() - F.logsigmoid(cosine_N).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "least_squares": least_squares,
+    "lillama": lillama,
+}
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """epochs: over the calibration batches, per layer. inputs: `student` (what the layers before
+    it really feed it), `teacher`, or `both`, as Lillama does.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 1e-3
+    loss: str = "least_squares"
+    inputs: str = "student"
+
+
+def refine_block(
+    walk: Walk,
+    index: int,
+    layer: nn.Module,
+    streams: dict[str, Stream],
+    targets: Stream,
+    refinement: Refinement,
+) -> list[float]:
+    """Trains the factors of one layer in place; returns the loss of every step.
+
+    layer: the student's, on the device. streams: `student` and `teacher`, what either reads.
+    targets: what the teacher's layer made of the teacher's stream. Each rank has batches of its
+    own, the same number of them; gradients are averaged. Collective.
+    """
+    kept_dtype = next(layer.parameters()).dtype
+    layer.float()  # what bf16 stores is too coarse for small steps
+    learning = [p for name, p in layer.named_parameters() if name.endswith((".down", ".up"))]
+    if not learning:
+        layer.to(kept_dtype)
+        return []
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(learning, lr=refinement.learning_rate)
+    steps = refinement.epochs * len(walk.batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    used = ("student", "teacher") if refinement.inputs == "both" else (refinement.inputs,)
+    losses = []
+    half = walk.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(walk.device.type, walk.dtype, enabled=half):
+        for step in range(steps):
+            number = step % len(walk.batches)
+            batch = walk.batches[number]
+            target_ND = _rows(targets[number], batch).to(walk.device).float()
+            loss = torch.zeros((), device=walk.device)
+            for name in used:
+                output_BTD = walk.step(index, layer, batch, streams[name][number].float())
+                loss = loss + LOSSES[refinement.loss](_rows(output_BTD, batch).float(), target_ND)
+            optimizer.zero_grad()
+            (loss / len(used)).backward()
+            for parameter in learning:
+                assert parameter.grad is not None
+                shared = distributed.sum_over_ranks(parameter.grad)
+                parameter.grad.copy_(shared / distributed.world_size())
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()) / len(used))
+    layer.requires_grad_(False)
+    layer.to(kept_dtype)
+    return losses
+
+
+def _rows(x_BTD: Tensor, batch: Batch) -> Tensor:
+    """(N, D): the rows that stand for real tokens."""
+    return x_BTD.flatten(0, 1)[batch.token_mask_BT.flatten().to(x_BTD.device)]

@@ -1,0 +1,321 @@
+"""The teacher's folder becomes the student's.
+
+1. Every matrix is decomposed (calibration.py: a walk over the teacher's layers, and for `fisher`
+   and `fwsvd` one back, gradients.py), and its components are kept.
+2. The budget is spent on what each rank of each matrix would lose (ranks.py).
+3. Where the student's own hidden states matter (`sequential`, `refitted`, refinement), a second
+   walk builds it layer by layer (onstream.py).
+4. Rank 0 puts the folder together, tensor by tensor.
+
+Every matrix is written when it is done, so an interrupted factorization goes on where it was. A
+rank holds one layer, the statistics of a window of layers, and its share of the calibration
+batches' hidden states; never a model. The ranks must see the same file system, as they must for
+checkpoints.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from makd_llm import distributed
+from makd_llm.checkpoint.export import expected_shapes, write_model
+from makd_llm.checkpoint.folder import TensorReader, check_target, read_config
+from makd_llm.data.batch import Batch
+from makd_llm.errors import UserError
+from makd_llm.factorize import decompose
+from makd_llm.factorize.calibration import (
+    METHODS,
+    Calibration,
+    calibrate_by_gradients,
+    decompose_share,
+    part_of,
+)
+from makd_llm.factorize.decompose import Components
+from makd_llm.factorize.gradients import Known, PerMatrix, row_fisher, sensitivity
+from makd_llm.factorize.matrices import (
+    Job,
+    dense_matrix,
+    jobs_of,
+    lowrank_of,
+    student_tensors,
+)
+from makd_llm.factorize.onstream import (
+    ON_STREAM,
+    OnStream,
+    factors_part,
+    read_factors,
+    refined_part,
+)
+from makd_llm.factorize.parts import Parts
+from makd_llm.factorize.ranks import Limits, Rank, greedy_ranks, uniform_ranks
+from makd_llm.factorize.refine import Refinement
+from makd_llm.factorize.walk import Walk
+from makd_llm.files import sample_of_folder
+from makd_llm.models.families import family_of
+from makd_llm.models.modeling_lowrank import lowrank_config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is cut.
+
+    Attributes:
+        keep_ratio: share of the factorized matrices' numbers that is kept.
+        method: svd, fwsvd, asvd, whitened, fisher, sequential or refitted (decompose.py,
+            onstream.py).
+        budget: uniform, greedy or sensitivity (ranks.py).
+        rank_multiple: ranks are multiples of it.
+        limits: role -> the least and the largest share of a matrix that may be kept.
+        refine: training of each layer after its truncation, or None.
+    """
+
+    keep_ratio: float
+    method: str = "whitened"
+    budget: str = "uniform"
+    rank_multiple: int = 16
+    limits: Limits = field(default_factory=dict)
+    refine: Refinement | None = None
+
+    @property
+    def on_stream(self) -> bool:
+        """Whether the student is built on its own hidden states."""
+        return self.method in ON_STREAM or self.refine is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything has to be known beside the weights."""
+        return self.on_stream or self.method != "svd" or self.budget == "sensitivity"
+
+    @property
+    def calibrated_as(self) -> str:
+        """The method of the first walk: what is known of each matrix before the student exists."""
+        return "whitened" if self.method in ON_STREAM else self.method
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What became of one matrix.
+
+    rank: None where it stayed dense. residual: the relative error of the truncation, by the
+    method's own measure; for `whitened` that of the outputs on the calibration text.
+    """
+
+    name: str
+    role: str
+    layer: int
+    rows: int
+    columns: int
+    rank: Rank
+    residual: float
+
+
+def factorize(
+    teacher: Path,
+    student: Path,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    components: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[MatrixReport]:
+    """Writes the factorized student's folder; returns a report per matrix, the same on every rank.
+
+    batches: this rank's calibration batches, of which every rank has the same number; plain svd
+    needs none. dtype: in which the layers run; the student is stored in the teacher's own.
+    components: a folder where all components are left, so that other ratios and budgets need no
+    new calibration (about twice the teacher's bf16 size); None: they are removed at the end.
+    Collective. Raises UserError for an unknown architecture, a damaged folder, too little
+    calibration text, or a budget that no ranks meet.
+    """
+    work = _Work(teacher, student, recipe, batches, dtype, components, tell)
+    ranks = work.ranks()
+    if recipe.on_stream:
+        walk, parts = work.walk, (work.components, work.factors)
+        OnStream(walk, *parts, recipe.method, recipe.refine).run(work.jobs, ranks)
+    reports = distributed.on_main(work.reports, ranks)
+    distributed.on_main(work.assemble, ranks, tokenizer)
+    return reports
+
+
+class _Work:
+    """One factorization: its matrices, and their parts on disk."""
+
+    def __init__(
+        self,
+        teacher: Path,
+        student: Path,
+        recipe: Recipe,
+        batches: Sequence[Batch],
+        dtype: torch.dtype,
+        components: Path | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.teacher, self.student, self.recipe, self.batches = teacher, student, recipe, batches
+        self.dtype = dtype
+        if teacher.resolve() == student.resolve():
+            raise UserError(f"{student} is the teacher itself; choose another folder to write")
+        check_target(student)
+        self.config = read_config(teacher)
+        self.reader = TensorReader(teacher)
+        self.jobs = jobs_of(self.reader, family_of(self.config), self.config)
+        self._check_calibration()
+        depends_on = {
+            "teacher": distributed.on_main(sample_of_folder, teacher),
+            "batches": distributed.gather_objects(_digest(batches)),
+            "dtype": str(dtype),
+        }
+        self.scratch = student.with_name(f".{student.name}.parts")
+        self.components = Parts(
+            components or self.scratch / "components",
+            json.dumps({"method": recipe.calibrated_as, **depends_on}, indent=1),
+            tell,
+        )
+        self.factors = Parts(
+            self.scratch / "factors",
+            json.dumps({"recipe": asdict(recipe), **depends_on}, indent=1),
+            tell,
+        )
+
+    @cached_property
+    def walk(self) -> Walk:
+        """The teacher's layers over the calibration batches."""
+        return Walk(self.teacher, self.batches, dtype=self.dtype, device=distributed.device())
+
+    def _check_calibration(self) -> None:
+        if not self.recipe.needs_calibration:
+            return
+        mine = sum(int(batch.attention_mask_BT.sum()) for batch in self.batches)
+        tokens = sum(distributed.gather_objects(mine))
+        width = max(job.shape.columns for job in self.jobs)
+        if tokens < width:
+            raise UserError(
+                f"calibration: {tokens} tokens cannot fill the covariance of {width} inputs; "
+                f"give at least {width} tokens, better {10 * width}"
+            )
+
+    def ranks(self) -> list[Rank]:
+        """The rank of every matrix, in the order of jobs, after what has to be known for it."""
+        recipe, shapes = self.recipe, [job.shape for job in self.jobs]
+        # First of all, because a budget that cannot be met is not to be found after the work.
+        uniform = uniform_ranks(
+            shapes, recipe.keep_ratio, multiple=recipe.rank_multiple, limits=recipe.limits
+        )
+        if recipe.budget == "uniform" and recipe.method in ON_STREAM:
+            return uniform
+        self._decompose()
+        if recipe.budget == "uniform":
+            return uniform
+        return greedy_ranks(
+            shapes,
+            self._losses(),
+            recipe.keep_ratio,
+            multiple=recipe.rank_multiple,
+            limits=recipe.limits,
+        )
+
+    def _losses(self) -> list[list[float]]:
+        """What each rank of every matrix loses: of its outputs, or of the model's loss."""
+        if self.recipe.budget == "greedy":
+            return distributed.on_main(
+                lambda: [self.components.read(part_of(j))["discarded"].tolist() for j in self.jobs]
+            )
+        by_key = {(job.layer, job.matrix.role): job for job in self.jobs}
+
+        def known_of(layer: int, role: str) -> Known:
+            job = by_key[layer, role]
+            part = self.components.read(part_of(job))
+            return dense_matrix(self.reader, job), part["down"], part["up"]
+
+        part = "sensitivity"
+        if self.components.missing([part]):
+            found = sensitivity(self.walk, known_of)
+            tensors = {f"{layer}.{role}": rise for (layer, role), rise in found.items()}
+            distributed.on_main(self.components.write, part, tensors)
+        kept = distributed.on_main(lambda: self.components.read(part))
+        return [kept[f"{job.layer}.{job.matrix.role}"].tolist() for job in self.jobs]
+
+    def _decompose(self) -> None:
+        """The components of every matrix that lacks them, by what the method has to know."""
+        missing = set(self.components.missing([part_of(job) for job in self.jobs]))
+        left = [job for job in self.jobs if part_of(job) in missing]
+        method = self.recipe.calibrated_as
+        if left and method in METHODS:
+            Calibration(self.walk, self.components, method).run(left)
+        elif left and method == "fisher":
+            calibrate_by_gradients(self.walk, self.components, left)
+        elif left:
+            self._decompose_weights(left, row_fisher(self.walk) if method == "fwsvd" else None)
+        distributed.barrier()  # the parts of every rank are read next
+
+    def _decompose_weights(self, left: Sequence[Job], fisher: PerMatrix | None) -> None:
+        def components_of(job: Job) -> Components:
+            weight_MK = dense_matrix(self.reader, job).to(distributed.device())
+            if fisher is None:
+                return decompose.svd(weight_MK)
+            return decompose.fwsvd(weight_MK, fisher[job.layer, job.matrix.role])
+
+        decompose_share(self.components, left, components_of)
+
+    def reports(self, ranks: Sequence[Rank]) -> list[MatrixReport]:
+        """What became of every matrix."""
+        found = []
+        for job, rank in zip(self.jobs, ranks, strict=True):
+            shape = job.shape
+            residual = 0.0 if rank is None else self._residual(job, rank)
+            found.append(
+                MatrixReport(
+                    job.name, shape.role, job.layer, shape.rows, shape.columns, rank, residual
+                )
+            )
+        return found
+
+    def _residual(self, job: Job, rank: int) -> float:
+        if self.recipe.method in ON_STREAM:
+            return float(self.factors.read(factors_part(job))["residual"])
+        discarded = self.components.read(part_of(job))["discarded"]
+        whole = float(discarded[0])
+        return (float(discarded[rank]) / whole) ** 0.5 if whole > 0 else 0.0
+
+    def assemble(self, ranks: Sequence[Rank], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Writes the student's folder from the teacher's and the parts, and clears the parts."""
+        generation = None
+        if (self.teacher / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(self.teacher, local_files_only=True)
+        config = lowrank_config(self.config, lowrank_of(self.jobs, ranks))
+        write_model(self.student, config, self._tensors(config, ranks), generation, tokenizer)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _tensors(
+        self, config: PreTrainedConfig, ranks: Sequence[Rank]
+    ) -> Iterator[tuple[str, Tensor]]:
+        factored = set(config.lowrank or {})
+        for name in expected_shapes(config):
+            if name.rpartition(".")[0].partition(".parts.")[0] not in factored:
+                yield name, self.reader.get(name)
+        for job, rank in zip(self.jobs, ranks, strict=True):
+            if job.name in factored:
+                factors = None if rank is None else self._factors(job, rank)
+                yield from student_tensors(self.reader, job, factors).items()
+
+    def _factors(self, job: Job, rank: int) -> tuple[Tensor, Tensor]:
+        if self.recipe.refine is None:
+            anew = self.recipe.method in ON_STREAM
+            return read_factors(self.factors if anew else self.components, job, rank, anew=anew)
+        refined = self.factors.read(refined_part(job.layer))
+        name = job.matrix.module + job.prefix.removeprefix(job.name)
+        return refined[f"{name}.down"], refined[f"{name}.up"]
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    ids = [batch.input_ids_BT.tolist() for batch in batches]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]

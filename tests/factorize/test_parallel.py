@@ -1,0 +1,23 @@
+"""Work is spread so that ranks end together, and every job is done once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from makd_llm.factorize.parallel import decomposition_cost, shares
+
+
+@given(costs=st.lists(st.floats(0.1, 100), min_size=1, max_size=60), ranks=st.integers(1, 8))
+def test_no_rank_does_much_more_than_its_share(costs: list[float], ranks: int) -> None:
+    owner = shares(costs, ranks)
+    load = [sum(c for c, o in zip(costs, owner, strict=True) if o == r) for r in range(ranks)]
+    # Graham's bound for the longest job first.
+    assert max(load) <= (4 / 3) * max(sum(costs) / ranks, max(costs)) + 1e-9
+
+
+def test_a_model_splits_evenly_over_two_ranks() -> None:
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    costs = [decomposition_cost(*shape) for _ in range(30) for shape in shapes]
+    owner = shares(costs, 2)
+    load = sum(c for c, o in zip(costs, owner, strict=True) if o == 0)
+    assert load / sum(costs) == pytest.approx(0.5, abs=0.01)
