@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from makd_llm.errors import Interrupted, RunEnded, UserError
+from makd_llm.stages import STAGES
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -63,28 +64,119 @@ def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str)
         distributed.shutdown()
 
 
-def _stages_command(name: str, until: str, explained: str) -> None:
-    """Adds the command that runs the stages up to and with `until`."""
+@app.command()
+def train(
+    ds: Ds,
+    config: Config = None,
+    overrides: Overrides = None,
+    until: Annotated[
+        str, typer.Option("--until", help="The last stage: sft, factorize, distil or evaluate.")
+    ] = "evaluate",
+    local_rank: LocalRank = 0,
+    debug: Debug = False,
+) -> None:
+    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are
+    skipped.
+    """
+    if until not in STAGES:
+        raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")
+    _run(ds, config, overrides, until)
 
-    @app.command(name, help=explained)
-    def command(
-        ds: Ds,
-        config: Config = None,
-        overrides: Overrides = None,
-        local_rank: LocalRank = 0,
-        debug: Debug = False,
-    ) -> None:
-        _run(ds, config, overrides, until)
+
+@app.command()
+def sft(
+    ds: Ds,
+    config: Config = None,
+    overrides: Overrides = None,
+    local_rank: LocalRank = 0,
+    debug: Debug = False,
+) -> None:
+    """Tunes the teacher on the task, and stops there: `train --until sft`."""
+    _run(ds, config, overrides, "sft")
 
 
-_stages_command(
-    "train",
-    "evaluate",
-    "The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are "
-    "skipped.",
-)
-_stages_command("sft", "sft", "Tunes the teacher on the task, and stops there.")
-_stages_command("factorize", "factorize", "Cuts the student from the teacher, and stops there.")
+@app.command()
+def factorize(
+    teacher: Annotated[
+        str, typer.Argument(help="The model: builtin:NAME, a folder, a .gguf file or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The student's folder.")],
+    keep: Annotated[
+        float, typer.Option("--keep", help="Share of the factorized matrices' parameters to keep.")
+    ] = 0.5,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="svd, fwsvd, asvd, whitened, fisher, sequential or refitted."
+        ),
+    ] = "fisher",
+    data: Annotated[
+        str | None, typer.Option("--data", help="To calibrate on: a .txt file, or records.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", help="To measure the loss on: likewise.")
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", help="uniform, greedy (least error) or sensitivity (least loss)."),
+    ] = "greedy",
+    rank_multiple: Annotated[int, typer.Option(help="All ranks are multiples of it.")] = 16,
+    refine: Annotated[
+        int, typer.Option("--refine", help="Epochs of local training of each layer afterwards.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(help="Windows or records to calibrate on.")] = 256,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a window or record; default: 2048, or all it has.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Windows that go through a layer together.")] = 4,
+    dtype: Annotated[str, typer.Option(help="In which the layers run: bfloat16 or float32.")] = (
+        "bfloat16"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print factorization.json instead of the table.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Cuts a low-rank student from a teacher and a text. For several ranks: `torchrun
+    --nproc-per-node N -m makd_llm.cli factorize ...`.
+    """
+    import torch
+
+    from makd_llm import distributed
+    from makd_llm.config import StudentConfig, checked
+    from makd_llm.factorization import Text, factorize_model
+    from makd_llm.report.table import factorization_table, rank_table, show
+    from makd_llm.train.build import build_recipe
+
+    settings = checked(
+        StudentConfig,
+        {
+            "keep_ratio": keep,
+            "method": method,
+            "budget": budget,
+            "rank_multiple": rank_multiple,
+            "refine": {"epochs": refine} if refine else None,
+        },
+    )
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in known:
+        raise UserError(f"--dtype {dtype}: not one of {', '.join(known)}")
+    if min(samples, batch) < 1 or (window is not None and window < 2):
+        raise UserError("--samples and --batch are at least 1, --window at least 2")
+    distributed.quiet()
+    signal.signal(signal.SIGTERM, _stop)
+    distributed.init()
+    try:
+        text = Text(data, held_out, samples, window, batch)
+        report = factorize_model(teacher, out, build_recipe(settings), text, dtype=known[dtype])
+        if distributed.is_main():
+            if as_json:
+                print(json.dumps(report, indent=1))
+            else:
+                show(rank_table(report))
+                show(factorization_table(report))
+    finally:
+        distributed.shutdown()
 
 
 @app.command()

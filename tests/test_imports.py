@@ -21,13 +21,20 @@ SEES_ONLY = {
 }
 
 # Only the right (and the left itself) import the left.
-COMPOSERS = ("makd_llm.train", "makd_llm.pipeline", "makd_llm.cli")
+COMPOSERS = ("makd_llm.train", "makd_llm.pipeline", "makd_llm.factorization", "makd_llm.cli")
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
 SEEN_ONLY_BY = {
     "makd_llm.objectives": COMPOSERS,
     "makd_llm.train": COMPOSERS,
-    "makd_llm.pipeline": ("makd_llm.cli",),
-    "makd_llm.config": ("makd_llm.pipeline", "makd_llm.cli", "makd_llm.checks", *BUILDERS),
+    "makd_llm.pipeline": ("makd_llm.cli", "makd_llm.factorization"),
+    "makd_llm.factorization": ("makd_llm.cli",),
+    "makd_llm.config": (
+        "makd_llm.pipeline",
+        "makd_llm.factorization",
+        "makd_llm.cli",
+        "makd_llm.checks",
+        *BUILDERS,
+    ),
     "makd_llm.checks": ("makd_llm.pipeline",),
     "makd_llm.testing": (),
 }

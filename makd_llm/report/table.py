@@ -48,34 +48,81 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
-def factorization_table(
-    matrices: Sequence[Mapping[str, Any]], parameters: Mapping[str, Mapping[str, int]]
-) -> Table:
-    """Ranks and residuals by role, and the parameters before and after."""
+def factorization_table(report: Mapping[str, Any]) -> Table:
+    """factorization.json by role: ranks, what they lose, and the parameters before and after."""
+    matrices, parameters = report["matrices"], report["parameters"]
     blocks = {name: count["blocks"] for name, count in parameters.items()}
     total = {name: count["total"] for name, count in parameters.items()}
-    table = Table(
-        title="factorized matrices",
-        caption=f"parameters: blocks {_millions(blocks['teacher'])} -> "
-        f"{_millions(blocks['student'])}, "
+    caption = (
+        f"parameters: blocks {_millions(blocks['teacher'])} -> {_millions(blocks['student'])}, "
         f"whole model {_millions(total['teacher'])} -> {_millions(total['student'])} "
-        f"({total['student']:,} stored)",
+        f"({total['student']:,} stored)"
     )
-    for column in ("role", "matrices", "shape", "rank", "residual min", "mean", "max"):
+    held_out = report.get("held_out")
+    if held_out:
+        found = held_out["perplexity"]
+        caption += (
+            f"\nheld-out perplexity: {found['teacher']:.2f} -> {found['student']:.2f} over "
+            f"{held_out['tokens']:,} tokens of {held_out['data']}"
+        )
+    table = Table(title="factorized matrices", caption=caption)
+    columns = ["role", "matrices", "dense", "shape", "rank", "residual min", "mean", "max"]
+    for column in [*columns, "held-out mean"] if held_out else columns:
         table.add_column(column, justify="left" if column == "role" else "right")
     for role in dict.fromkeys(m["role"] for m in matrices):
-        those = [m for m in matrices if m["role"] == role]
+        places = [i for i, m in enumerate(matrices) if m["role"] == role]
+        those = [matrices[i] for i in places]
+        ranks = [m["rank"] for m in those if m["rank"] is not None]
         residuals = [m["residual"] for m in those]
-        table.add_row(
+        cells = [
             role,
             str(len(those)),
+            str(len(those) - len(ranks)),
             f"{those[0]['rows']} x {those[0]['columns']}",
-            str(those[0]["rank"]),
+            _range(ranks),
             f"{min(residuals):.3f}",
             f"{sum(residuals) / len(residuals):.3f}",
             f"{max(residuals):.3f}",
-        )
+        ]
+        if held_out:
+            measured = [held_out["matrix_residuals"][i] for i in places]
+            cells.append(f"{sum(measured) / len(measured):.3f}")
+        table.add_row(*cells)
     return table
+
+
+def rank_table(report: Mapping[str, Any]) -> Table:
+    """The rank of every matrix, a row for each layer; the colour says what share of it is kept."""
+    matrices = report["matrices"]
+    roles = list(dict.fromkeys(m["role"] for m in matrices))
+    cells = {(m["layer"], m["role"]): _rank_cell(m) for m in matrices}
+    table = Table(title="ranks (dense: -)", caption="kept: red little, blue much")
+    for column in ("layer", *roles):
+        table.add_column(column, justify="right")
+    for layer in dict.fromkeys(m["layer"] for m in matrices):
+        table.add_row(str(layer), *(cells.get((layer, role), "") for role in roles))
+    return table
+
+
+def _rank_cell(matrix: Mapping[str, Any]) -> str:
+    share = kept_share(matrix)
+    blue = round(255 * share)
+    rank = "-" if matrix["rank"] is None else str(matrix["rank"])
+    return f"[white on rgb({255 - blue},60,{blue})] {rank:>4} [/]"
+
+
+def kept_share(matrix: Mapping[str, Any]) -> float:
+    """The share of a matrix's numbers that its factors have; 1 where it is dense."""
+    if matrix["rank"] is None:
+        return 1.0
+    rows, columns = matrix["rows"], matrix["columns"]
+    return float(matrix["rank"] * (rows + columns) / (rows * columns))
+
+
+def _range(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return "-"
+    return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
 
 
 def _millions(count: int) -> str:

@@ -46,18 +46,27 @@ def test_evaluation() -> None:
 
 def test_factorization() -> None:
     matrices = [
-        {"role": role, "rows": 4, "columns": 6, "rank": 2, "residual": residual}
-        for role, residual in (("q", 0.1), ("q", 0.3), ("up", 0.5))
+        {"role": role, "rows": 4, "columns": 6, "rank": rank, "residual": residual}
+        for role, rank, residual in (("q", 2, 0.1), ("q", 3, 0.3), ("up", None, 0.0))
     ]
     parameters = {
         "teacher": {"blocks": 2_000_000, "total": 3_000_000},
         "student": {"blocks": 1_000_000, "total": 2_000_000},
     }
-    lines = printed(factorization_table(matrices, parameters))
-    rows = [cells(line) for line in lines if line.startswith("│")]
-    assert rows == [
-        ["q", "2", "4 x 6", "2", "0.100", "0.200", "0.300"],
-        ["up", "1", "4 x 6", "2", "0.500", "0.500", "0.500"],
+    report = {"matrices": matrices, "parameters": parameters}
+    lines = printed(factorization_table(report))
+    assert [cells(line) for line in lines if line.startswith("│")] == [
+        ["q", "2", "0", "4 x 6", "2-3", "0.100", "0.200", "0.300"],
+        ["up", "1", "1", "4 x 6", "-", "0.000", "0.000", "0.000"],
     ]
     caption = " ".join(lines[-2:])
     assert "blocks 2.00 M -> 1.00 M" in caption and "2,000,000 stored" in caption
+    held_out = {
+        "perplexity": {"teacher": 17.123, "student": 60.0},
+        "tokens": 4096,
+        "data": "test.txt",
+        "matrix_residuals": [0.2, 0.4, 0.0],
+    }
+    lines = printed(factorization_table(report | {"held_out": held_out}))
+    assert [cells(line)[-1] for line in lines if line.startswith("│")] == ["0.300", "0.000"]
+    assert "17.12 -> 60.00 over 4,096 tokens of test.txt" in " ".join(lines)

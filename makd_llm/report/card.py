@@ -1,0 +1,75 @@
+"""The model card of a factorized student: what it was cut from, how, and what it lost."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import makd_llm
+
+
+def factorization_card(report: Mapping[str, Any]) -> str:
+    """README.md of a student, with the block that the Hub reads; report: factorization.json."""
+    recipe, parameters = report["recipe"], report["parameters"]
+    teacher, student = parameters["teacher"], parameters["student"]
+    metadata = [
+        "---",
+        *([f"base_model: {report['teacher']}"] if _is_hub_id(report["teacher"]) else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [low-rank, makd-llm]",
+        "---",
+    ]
+    refine = recipe["refine"]
+    facts = {
+        "teacher": report["teacher"],
+        "method": recipe["method"] + (f", refined ({_words(refine)})" if refine else ""),
+        "budget": f"{recipe['budget']}, keep_ratio {recipe['keep_ratio']:g}, "
+        f"ranks in multiples of {recipe['rank_multiple']}",
+        "calibration": f"{report['calibration']['tokens']:,} tokens of "
+        f"{report['calibration']['data']}"
+        if report["calibration"]["tokens"]
+        else "none",
+        "parameters": f"{student['total']:,} of {teacher['total']:,} "
+        f"({student['total'] / teacher['total']:.1%}); in the factorized matrices "
+        f"{student['factorized']:,} of {teacher['factorized']:,} "
+        f"({student['factorized'] / teacher['factorized']:.1%})",
+        "matrices": f"{sum(m['rank'] is not None for m in report['matrices'])} factored, "
+        f"{sum(m['rank'] is None for m in report['matrices'])} dense",
+    }
+    held_out = report.get("held_out")
+    if held_out:
+        found = held_out["perplexity"]
+        facts["perplexity"] = (
+            f"{found['student']:.2f} (teacher {found['teacher']:.2f}) over "
+            f"{held_out['tokens']:,} tokens of {held_out['data']}"
+        )
+    lines = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(
+        [
+            *metadata,
+            "# A low-rank student",
+            "",
+            "Every factorized matrix W is kept as two thin factors, up and down. Made with "
+            f"makd_llm {makd_llm.__version__}; not distilled yet.",
+            "",
+            "| | |",
+            "|---|---|",
+            *lines,
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+            "```",
+            "",
+            "`trust_remote_code` is not needed after `import makd_llm`. Ranks and residuals of all "
+            "matrices: factorization.json.",
+            "",
+        ]
+    )
+
+
+def _is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,0 +1,43 @@
+"""factorization.json as a picture: what every matrix got, and what it lost."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from makd_llm.report.table import kept_share
+
+
+def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Writes heat maps, layer by role, of the share kept and of the residual, as a PNG.
+
+    The residual is that on held-out text where it was measured, else what calibration predicts.
+    Beside them, where measured, how far the layers' outputs have come from the teacher's.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    matrices, held_out = report["matrices"], report.get("held_out")
+    roles = list(dict.fromkeys(m["role"] for m in matrices))
+    n_layers = 1 + max(m["layer"] for m in matrices)
+    residuals = held_out["matrix_residuals"] if held_out else [m["residual"] for m in matrices]
+    panels = {
+        "share of parameters kept": [kept_share(m) for m in matrices],
+        "residual on held-out text" if held_out else "residual predicted": residuals,
+    }
+    figure, axes = plt.subplots(
+        1, 3 if held_out else 2, figsize=(12, 1.5 + 0.22 * n_layers), layout="constrained"
+    )
+    for axis, (title, values) in zip(axes, panels.items(), strict=False):
+        cells = np.full((n_layers, len(roles)), np.nan)
+        for matrix, value in zip(matrices, values, strict=True):
+            cells[matrix["layer"], roles.index(matrix["role"])] = value
+        image = axis.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+        axis.set(title=title, ylabel="layer", xticks=range(len(roles)), xticklabels=roles)
+        figure.colorbar(image, ax=axis)
+    if held_out:
+        axes[2].plot(held_out["layer_residuals"], range(n_layers), marker="o")
+        axes[2].invert_yaxis()
+        axes[2].set(title="|h_student - h_teacher| / |h_teacher|", ylabel="layer")
+        axes[2].grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,46 @@
+"""How far long work has come, and how long it will take: a bar on a terminal, lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from makd_llm import distributed
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Gives a function to be called after each of `total` units. Only rank 0 shows anything."""
+    if not distributed.is_main():
+        yield lambda: None
+        return
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+        return
+    started = spoken = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, spoken
+        done += 1
+        now = time.monotonic()
+        if now - spoken >= SECONDS_BETWEEN_LINES and done < total:
+            spoken = now
+            left = (now - started) / done * (total - done)
+            print(f"{label} {done}/{total}  left {left:.0f} s", file=sys.stderr, flush=True)
+
+    yield advance

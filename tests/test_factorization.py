@@ -1,0 +1,102 @@
+"""`makd factorize`: a student from a teacher and a text, what it says, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import makd_llm  # noqa: F401  (makes the Auto classes know the student)
+from makd_llm.cli import main
+
+
+@pytest.fixture
+def text(tiny: Path) -> Path:
+    words = [json.loads(line)["document"] for line in (tiny / "train.jsonl").open()]
+    (tiny / "text.txt").write_text("\n".join(words) * 3, encoding="utf-8")
+    return tiny / "text.txt"
+
+
+def call(tiny: Path, out: Path, *more: str) -> None:
+    sizes = ("--rank-multiple", "2", "--window", "32", "--samples", "16", "--dtype", "float32")
+    main(["factorize", str(tiny / "teacher"), "--out", str(out), *sizes, *more])
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_a_student_and_its_report(
+    kind: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(text if kind == "text" else tiny / "train.jsonl")
+    out = tmp_path / "student"
+    call(tiny, out, "--data", data, "--held-out", data, "--keep", "0.6", "--budget", "greedy")
+    shown = capsys.readouterr().out
+    assert "factorized matrices" in shown and "held-out perplexity" in shown
+    report = json.loads((out / "factorization.json").read_text())
+    count = report["parameters"]
+    assert count["student"]["factorized"] <= 0.6 * count["teacher"]["factorized"]
+    assert len(report["matrices"]) == 28 == len(report["held_out"]["matrix_residuals"])
+    assert len(report["held_out"]["layer_residuals"]) == 4
+    assert report["recipe"]["budget"] == "greedy" and report["calibration"]["tokens"] > 100
+    assert len(AutoTokenizer.from_pretrained(out)) == len(
+        AutoTokenizer.from_pretrained(tiny / "teacher")
+    )
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_json_is_the_report(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(tiny, tmp_path / "student", "--method", "svd", "--json")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads((tmp_path / "student" / "factorization.json").read_text())
+    assert "held_out" not in shown and shown["calibration"]["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "--data is missing: method fisher needs text"),
+        (["--data", "none.txt"], "--data none.txt: not readable"),
+        (["--data", "TEXT", "--window", "999"], "has only 128 positions"),
+        (["--data", "TEXT", "--samples", "1"], "32 tokens cannot fill the covariance of 48"),
+        (["--data", "TEXT", "--keep", "0.01"], "keep_ratio 0.01 cannot be met"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    more: list[str],
+    says: str,
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(tiny, tmp_path / "student", *[str(text) if m == "TEXT" else m for m in more])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0]
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_disk_that_fills_leaves_no_student(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from makd_llm.checkpoint import folder
+
+    def full(*given: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(SystemExit) as ended:
+        call(tiny, tmp_path / "student", "--data", str(text))
+    assert ended.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+    monkeypatch.undo()
+    call(tiny, tmp_path / "student", "--data", str(text))
+    assert "goes on from 28 parts" in capsys.readouterr().err
+    assert (tmp_path / "student" / "model.safetensors").exists()
