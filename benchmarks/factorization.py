@@ -140,7 +140,7 @@ def _show(rows: Iterable[Mapping[str, object]], settings: str) -> None:
 
 
 def _tokens(batches: Iterable[Batch]) -> int:
-    return sum(int(batch.attention_mask_BT.sum()) for batch in batches)
+    return sum(int(batch.n_tokens) for batch in batches)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _counts(folders: dict[str, Path]) -> dict[str, dict[str, int]]:
 
 
 def _tokens(batches: list[Batch]) -> int:
-    return sum(int(batch.attention_mask_BT.sum()) for batch in batches)
+    return sum(int(batch.n_tokens) for batch in batches)
 
 
 def _tell(text: str) -> None:

@@ -91,12 +91,7 @@ class Calibration:
         self, left: Sequence[Job], pending: dict[tuple[int, str], InputStatistics]
     ) -> None:
         """This rank's share of the matrices whose inputs are known."""
-        summed = {key: seen.over_ranks() for key, seen in pending.items()}
-        for (layer, role), seen in summed.items():
-            if not bool(seen.covariance_KK.isfinite().all()):
-                raise ValueError(
-                    f"calibration: inputs of layer {layer}, matrix {role} are not finite"
-                )
+        summed = {key: seen.over_ranks(*key) for key, seen in pending.items()}
         group = group_of(self.walk.family)
 
         def components_of(job: Job) -> Components:
@@ -110,7 +105,7 @@ class Calibration:
 
 def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> None:
     """The components of `fisher`, on one walk back: both sides' statistics, layer by layer."""
-    group = group_of(walk.family)
+    group, groups = group_of(walk.family), walk.family.shared_inputs
     inputs: dict[str, InputStatistics] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -129,7 +124,7 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
             inputs[matrix.role].add(x_NK)
 
     def after_layer(layer: int) -> None:
-        seen = {role: inputs[role].over_ranks().covariance_KK for role in sorted(inputs)}
+        summed = {role: inputs[role].over_ranks(layer, role) for role, *_ in groups}
         asked = {role: distributed.sum_over_ranks(outputs[role]) for role in sorted(outputs)}
         inputs.clear()
         outputs.clear()
@@ -137,7 +132,7 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(walk.reader, job).to(walk.device)
             role = job.matrix.role
-            return decompose.fisher(weight_MK, seen[group[role]], asked[role])
+            return decompose.fisher(weight_MK, summed[group[role]].covariance_KK, asked[role])
 
         decompose_share(parts, [job for job in left if job.layer == layer], components_of)
 

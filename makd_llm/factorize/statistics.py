@@ -102,11 +102,17 @@ class InputStatistics:
         """Mean |x| per input."""
         return self.sum_abs_K / max(self.tokens, 1)
 
-    def over_ranks(self) -> "InputStatistics":
-        """The sums of all ranks, on every rank. Collective."""
+    def over_ranks(self, layer: int, role: str) -> "InputStatistics":
+        """The sums of all ranks, on every rank. Collective.
+
+        Raises ValueError, with the place, where they are not finite.
+        """
         tokens = torch.tensor([self.tokens], device=self.sum_abs_K.device)
-        return InputStatistics(
+        summed = InputStatistics(
             distributed.sum_over_ranks(self.covariance_KK),
             distributed.sum_over_ranks(self.sum_abs_K),
             int(distributed.sum_over_ranks(tokens)),
         )
+        if not bool(summed.covariance_KK.isfinite().all()):
+            raise ValueError(f"calibration: inputs of layer {layer}, matrix {role} are not finite")
+        return summed

@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -194,7 +194,7 @@ class _Work:
     def _check_calibration(self) -> None:
         if not self.recipe.needs_calibration:
             return
-        mine = sum(int(batch.attention_mask_BT.sum()) for batch in self.batches)
+        mine = sum(int(batch.n_tokens) for batch in self.batches)
         tokens = sum(distributed.gather_objects(mine))
         width = max(job.shape.columns for job in self.jobs)
         if tokens < width:
@@ -231,6 +231,7 @@ class _Work:
             )
         by_key = {(job.layer, job.matrix.role): job for job in self.jobs}
 
+        @lru_cache(maxsize=len(self.walk.family.matrices))  # a layer's, for all its batches
         def known_of(layer: int, role: str) -> Known:
             job = by_key[layer, role]
             part = self.components.read(part_of(job))

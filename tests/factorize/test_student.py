@@ -300,13 +300,14 @@ def test_bad_input_is_found_before_the_work(
     assert not (tmp_path / "student").exists()
 
 
-def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["whitened", "fisher"])
+def test_inputs_that_are_not_finite_are_named(method: str, tmp_path: Path) -> None:
     teacher = saved_teacher("llama", tmp_path / "teacher")
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.model.layers[1].input_layernorm.weight.data.fill_(float("nan"))
     model.save_pretrained(teacher)
     with pytest.raises(ValueError, match="layer 1, matrix q"):
-        cut(teacher, tmp_path / "student")
+        cut(teacher, tmp_path / "student", method=method)
 
 
 @pytest.mark.slow

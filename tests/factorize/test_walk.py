@@ -131,7 +131,7 @@ def test_statistics_count_real_tokens_in_float64() -> None:
     right = torch.cat([x_BTK[0], x_BTK[1, :6]]).double()
     torch.testing.assert_close(seen.covariance_KK, right.T @ right)
     torch.testing.assert_close(seen.mean_abs_K, right.abs().mean(0))
-    assert seen.tokens == seen.over_ranks().tokens == 17
+    assert seen.tokens == seen.over_ranks(0, "q").tokens == 17
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
