@@ -144,7 +144,7 @@ def factorize(
 
     from makd_llm import distributed
     from makd_llm.config import StudentConfig, checked
-    from makd_llm.factorization import Text, factorize_model
+    from makd_llm.factorization import TextSettings, factorize_model
     from makd_llm.report.table import factorization_table, rank_table, show
     from makd_llm.train.build import build_recipe
 
@@ -167,7 +167,7 @@ def factorize(
     signal.signal(signal.SIGTERM, _stop)
     distributed.init()
     try:
-        text = Text(data, held_out, samples, window, batch)
+        text = TextSettings(data, held_out, samples, window, batch)
         report = factorize_model(teacher, out, build_recipe(settings), text, dtype=known[dtype])
         if distributed.is_main():
             if as_json:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.checkpoint.export import count_parameters
+from makd_llm.checkpoint.export import counts_of_folders
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import DataConfig
 from makd_llm.data.batch import Batch, batches_of
@@ -26,10 +26,9 @@ from makd_llm.data.prompt import usable_examples
 from makd_llm.data.schema import Example
 from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.errors import UserError
-from makd_llm.factorize.residuals import perplexity, residuals
+from makd_llm.factorize.residuals import residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.files import write_whole
-from makd_llm.models.families import family_of
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.pipeline import pad_id_of
 from makd_llm.report.card import factorization_card
@@ -41,7 +40,7 @@ REPORT = "factorization.json"
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSettings:
     """What a factorization reads. data: for calibration, a plain text or records; held_out: to
     measure on, likewise, or None. At most `samples` windows (or records) of `window` tokens each;
     None: 2048, or as many as the model has positions.
@@ -55,7 +54,7 @@ class Text:
 
 
 def factorize_model(
-    model: str, out: Path, recipe: Recipe, text: Text, *, dtype: torch.dtype
+    model: str, out: Path, recipe: Recipe, text: TextSettings, *, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Writes the student to `out` and returns what factorization.json says. Collective."""
     teacher = resolve_model(model)
@@ -74,6 +73,7 @@ def factorize_model(
     matrices = factorize(
         teacher, out, recipe, calibration, tokenizer=tokenizer, dtype=dtype, tell=_tell
     )
+    counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": out})
     report: dict[str, Any] = {
         "teacher": model,
         "recipe": asdict(recipe),
@@ -84,7 +84,7 @@ def factorize_model(
         "seconds": time.monotonic() - started,
         "ranks": distributed.world_size(),
         "matrices": [asdict(matrix) for matrix in matrices],
-        "parameters": distributed.on_main(_counts, {"teacher": teacher, "student": out}),
+        "parameters": {name: asdict(count) for name, count in counts.items()},
     }
     if held_out:
         report["held_out"] = _measured(teacher, out, held_out, text, matrices, dtype)
@@ -114,7 +114,7 @@ def _measured(
     teacher: Path,
     student: Path,
     batches: list[Batch],
-    text: Text,
+    text: TextSettings,
     matrices: list[MatrixReport],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -123,15 +123,17 @@ def _measured(
         "data": text.held_out,
         "tokens": sum(distributed.gather_objects(_tokens(batches))),
         "perplexity": {
-            "teacher": perplexity(teacher, batches, dtype=dtype),
-            "student": perplexity(student, batches, dtype=dtype),
+            "teacher": found.teacher,
+            "student": found.student,
         },
         "matrix_residuals": [found.matrix[m.layer, m.role] for m in matrices],
         "layer_residuals": found.layer,
     }
 
 
-def _batches(source: str, key: str, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+def _batches(
+    source: str, key: str, text: TextSettings, tokenizer: PreTrainedTokenizerBase
+) -> list[Batch]:
     """This rank's share; the same number of batches on every rank."""
     assert text.window is not None
     if source.endswith(TEXT_SUFFIXES):
@@ -151,20 +153,12 @@ def _batches(source: str, key: str, text: Text, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def _records(source: str, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _records(source: str, text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     assert text.window is not None
     data = DataConfig(source=source, max_length=text.window)
     records = build_records(data, limit=text.samples)
     found = usable_examples(build_prompts(data, tokenizer), records, data.on_bad_record, Counter())
     return [example for _, example in islice(found, text.samples)]
-
-
-def _counts(folders: dict[str, Path]) -> dict[str, dict[str, int]]:
-    counts = {}
-    for name, folder in folders.items():
-        config = read_config(folder)
-        counts[name] = asdict(count_parameters(folder, family_of(config), config))
-    return counts
 
 
 def _tokens(batches: list[Batch]) -> int:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from makd_kernels.attention_kl import choose_impl
 from makd_llm import distributed
-from makd_llm.checkpoint.export import ParameterCount, count_parameters, merge, write_model
+from makd_llm.checkpoint.export import counts_of_folders, merge, write_model
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
@@ -317,7 +317,7 @@ class Run:
             dtype=self.dtype,
             tell=self.tell,
         )
-        counts = distributed.on_main(self._count, {"teacher": teacher, "student": result})
+        counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": result})
         report = {
             **settings.model_dump(),
             "matrices": [r.__dict__ for r in reports],
@@ -345,14 +345,6 @@ class Run:
             )
         return examples[distributed.rank() : usable : world]
 
-    @staticmethod
-    def _count(folders: dict[str, Path]) -> dict[str, ParameterCount]:
-        counts = {}
-        for name, folder in folders.items():
-            config = read_config(folder)
-            counts[name] = count_parameters(folder, family_of(config), config)
-        return counts
-
     def _evaluate(self, teacher: Path, factorized: Path, student: Path) -> None:
         asked = self.config.evaluation
         tokenizer = load_tokenizer(teacher)
@@ -377,7 +369,7 @@ class Run:
             self.config.data.on_bad_record,
         )
         folders = {"teacher": teacher, "factorized": factorized, "student": student}
-        counts = distributed.on_main(self._count, folders)
+        counts = distributed.on_main(counts_of_folders, folders)
         rows: dict[str, Any] = {}
         for name, folder in folders.items():
             self.tell(f"evaluate: {name}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,6 +185,12 @@ def count_parameters(
         if leaf != "bias" and owner.partition(".parts.")[0] in matrices:
             factorized += count
     return ParameterCount(blocks=blocks, total=total, factorized=factorized)
+
+
+def counts_of_folders(folders: Mapping[str, Path]) -> dict[str, ParameterCount]:
+    """The counts of several model folders, by the names they are given under."""
+    configs = {name: read_config(folder) for name, folder in folders.items()}
+    return {n: count_parameters(folders[n], family_of(c), c) for n, c in configs.items()}
 
 
 def _second_names(config: PreTrainedConfig) -> set[str]:

@@ -112,11 +112,11 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
     def visit(
         layer: int, matrix: Matrix, batch: Batch, x_BTK: Tensor, gradient_BTM: Tensor
     ) -> None:
-        gradient_NM = real_rows(gradient_BTM, batch)
+        gradient_NM = real_rows(gradient_BTM, batch, torch.float32)
         if matrix.role not in outputs:
             width = gradient_NM.shape[1]
-            outputs[matrix.role] = gradient_NM.new_zeros(width, width)
-        outputs[matrix.role].addmm_(gradient_NM.T, gradient_NM)
+            outputs[matrix.role] = gradient_NM.new_zeros(width, width, dtype=torch.float64)
+        outputs[matrix.role] += gradient_NM.T @ gradient_NM
         if group[matrix.role] == matrix.role:
             x_NK = real_rows(x_BTK, batch)
             if matrix.role not in inputs:

@@ -18,7 +18,7 @@ from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.matrices import Job, dense_matrix, jobs_of
 from makd_llm.factorize.statistics import group_of, inputs_of, real_rows
-from makd_llm.factorize.walk import Walk
+from makd_llm.factorize.walk import Stream, Walk
 from makd_llm.models.modeling_lowrank import LowRankLinear, LowRankParts
 from makd_llm.report.progress import progress
 
@@ -26,11 +26,13 @@ from makd_llm.report.progress import progress
 @dataclass(frozen=True)
 class Residuals:
     """matrix: (layer, role) -> |(W - up down) X| / |W X|; 0 where dense. layer: per layer
-    |h_S - h_T| / |h_T| of its output, each model on its own stream.
+    |h_S - h_T| / |h_T| of its output, each model on its own stream. teacher, student: perplexity.
     """
 
     matrix: dict[tuple[int, str], float]
     layer: list[float]
+    teacher: float
+    student: float
 
 
 def residuals(
@@ -67,7 +69,8 @@ def residuals(
             advance()
     drift = distributed.sum_over_ranks(drift)
     matrix = {key: _ratio(distributed.sum_over_ranks(wrong[key])) for key in sorted(wrong)}
-    return Residuals(matrix, [_ratio(row) for row in drift])
+    perplexities = (_perplexity(walk, at_teacher), _perplexity(low, at_student))
+    return Residuals(matrix, [_ratio(row) for row in drift], *perplexities)
 
 
 def _error(x_NK: Tensor, weight_MK: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -106,10 +109,15 @@ def perplexity(folder: Path, batches: Sequence[Batch], *, dtype: torch.dtype) ->
         for index in range(len(walk)):
             stream = walk.advanced(index, walk.layer(index), stream)
             advance()
+    return _perplexity(walk, stream)
+
+
+def _perplexity(walk: Walk, stream: Stream) -> float:
+    """For what the last layer put out."""
     weight_VD = walk.output_weight()
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for batch, hidden_BTD in zip(batches, walk.finished(stream), strict=True):
+        for batch, hidden_BTD in zip(walk.batches, walk.finished(stream), strict=True):
             nats_N = walk.nats(hidden_BTD, batch, weight_VD).double()
             sums += torch.tensor([float(nats_N.sum()), len(nats_N)], dtype=torch.float64)
     nats, tokens = distributed.sum_over_ranks(sums).tolist()

@@ -67,10 +67,10 @@ def only_input_of(layer: nn.Module, family: Family, role: str) -> Iterator[None]
         handle.remove()
 
 
-def real_rows(x_BTK: Tensor, batch: Batch) -> Tensor:
-    """(N, K) float64: the rows that stand for real tokens."""
+def real_rows(x_BTK: Tensor, batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(N, K): the rows that stand for real tokens."""
     mask_N = batch.token_mask_BT.flatten().to(x_BTK.device)
-    return x_BTK.flatten(0, -2)[mask_N].double()
+    return x_BTK.flatten(0, -2)[mask_N].to(dtype)
 
 
 @dataclass

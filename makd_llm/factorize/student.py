@@ -4,7 +4,7 @@
    and `fwsvd` one back, gradients.py), and its components are kept.
 2. The budget is spent on what each rank of each matrix would lose (ranks.py).
 3. Where the student's own hidden states matter (`sequential`, `refitted`, refinement), a second
-   walk builds it layer by layer (onstream.py).
+   walk builds it layer by layer (student_stream.py).
 4. Rank 0 puts the folder together, tensor by tensor.
 
 Every matrix is written when it is done, so an interrupted factorization goes on where it was. A
@@ -47,16 +47,16 @@ from makd_llm.factorize.matrices import (
     lowrank_of,
     student_tensors,
 )
-from makd_llm.factorize.onstream import (
-    ON_STREAM,
-    OnStream,
+from makd_llm.factorize.parts import Parts
+from makd_llm.factorize.ranks import Limits, Rank, greedy_ranks, uniform_ranks
+from makd_llm.factorize.refine import Refinement
+from makd_llm.factorize.student_stream import (
+    STUDENT_STREAM_METHODS,
+    StudentStream,
     factors_part,
     read_factors,
     refined_part,
 )
-from makd_llm.factorize.parts import Parts
-from makd_llm.factorize.ranks import Limits, Rank, greedy_ranks, uniform_ranks
-from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
 from makd_llm.models.families import family_of
@@ -70,7 +70,7 @@ class Recipe:
     Attributes:
         keep_ratio: share of the factorized matrices' numbers that is kept.
         method: svd, fwsvd, asvd, whitened, fisher, sequential or refitted (decompose.py,
-            onstream.py).
+            student_stream.py).
         budget: uniform, greedy or sensitivity (ranks.py).
         rank_multiple: ranks are multiples of it.
         limits: role -> the least and the largest share of a matrix that may be kept.
@@ -87,7 +87,7 @@ class Recipe:
     @property
     def on_stream(self) -> bool:
         """Whether the student is built on its own hidden states."""
-        return self.method in ON_STREAM or self.refine is not None
+        return self.method in STUDENT_STREAM_METHODS or self.refine is not None
 
     @property
     def needs_calibration(self) -> bool:
@@ -97,7 +97,7 @@ class Recipe:
     @property
     def calibrated_as(self) -> str:
         """The method of the first walk: what is known of each matrix before the student exists."""
-        return "whitened" if self.method in ON_STREAM else self.method
+        return "whitened" if self.method in STUDENT_STREAM_METHODS else self.method
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def factorize(
     ranks = work.ranks()
     if recipe.on_stream:
         walk, parts = work.walk, (work.components, work.factors)
-        OnStream(walk, *parts, recipe.method, recipe.refine).run(work.jobs, ranks)
+        StudentStream(walk, *parts, recipe.method, recipe.refine).run(work.jobs, ranks)
     reports = distributed.on_main(work.reports, ranks)
     distributed.on_main(work.assemble, ranks, tokenizer)
     return reports
@@ -210,7 +210,7 @@ class _Work:
         uniform = uniform_ranks(
             shapes, recipe.keep_ratio, multiple=recipe.rank_multiple, limits=recipe.limits
         )
-        if recipe.budget == "uniform" and recipe.method in ON_STREAM:
+        if recipe.budget == "uniform" and recipe.method in STUDENT_STREAM_METHODS:
             return uniform
         self._decompose()
         if recipe.budget == "uniform":
@@ -281,7 +281,7 @@ class _Work:
         return found
 
     def _residual(self, job: Job, rank: int) -> float:
-        if self.recipe.method in ON_STREAM:
+        if self.recipe.method in STUDENT_STREAM_METHODS:
             return float(self.factors.read(factors_part(job))["residual"])
         discarded = self.components.read(part_of(job))["discarded"]
         whole = float(discarded[0])
@@ -310,7 +310,7 @@ class _Work:
 
     def _factors(self, job: Job, rank: int) -> tuple[Tensor, Tensor]:
         if self.recipe.refine is None:
-            anew = self.recipe.method in ON_STREAM
+            anew = self.recipe.method in STUDENT_STREAM_METHODS
             return read_factors(self.factors if anew else self.components, job, rank, anew=anew)
         refined = self.factors.read(refined_part(job.layer))
         name = job.matrix.module + job.prefix.removeprefix(job.name)

@@ -107,17 +107,11 @@ class Walk:
         with torch.no_grad():
             return [self._run(0, stop, batch).to("cpu") for batch in self.batches]
 
-    def through(self, index: int, layer: LayerCall, stream: Stream) -> Iterator[Tensor]:
-        """The outputs (B, T, D) of one layer for every batch, on the device.
-
-        layer: called in place of the backbone's layer `index`. Whether gradients are taken is the
-        caller's `torch.no_grad`, entered around each step of the iteration.
-        """
-        for batch, before in zip(self.batches, stream, strict=True):
-            yield self.step(index, layer, batch, before)
-
     def step(self, index: int, layer: LayerCall, batch: Batch, before_BTD: Tensor) -> Tensor:
-        """The output (B, T, D) of one layer for one batch, on the device."""
+        """The output (B, T, D) of one layer for one batch, on the device.
+
+        layer: called in place of the backbone's layer `index`.
+        """
 
         def work(_: Tensor, *args: Any, **kwargs: Any) -> None:
             output = layer(before_BTD.to(self.device), *args, **kwargs)
@@ -127,9 +121,12 @@ class Walk:
         return self._run(index, work, batch)
 
     def advanced(self, index: int, layer: LayerCall, stream: Stream) -> Stream:
-        """`through`, without gradients, back on the CPU."""
+        """The outputs of one layer for every batch, without gradients, back on the CPU."""
         with torch.no_grad():
-            return [out.to("cpu") for out in self.through(index, layer, stream)]
+            return [
+                self.step(index, layer, batch, before).to("cpu")
+                for batch, before in zip(self.batches, stream, strict=True)
+            ]
 
     def finished(self, stream: Stream) -> Iterator[Tensor]:
         """The last hidden states (B, T, D), after the final norm, on the device."""

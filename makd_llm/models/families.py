@@ -52,20 +52,26 @@ class Family:
     Attributes:
         model_type: transformers' name of the architecture.
         causal_lm: name of the causal language model class in transformers.
+        matrices: the matrices of one decoder layer.
         layers, backbone, head: dotted paths of the decoder layers, of the model without its head,
             and of the output projection, relative to the causal language model.
-        matrices: the matrices of one decoder layer.
-        shared_inputs: groups of roles that read the same input, so that one calibration statistic
-            (and one packed product) serves the group.
     """
 
     model_type: str
     causal_lm: str
-    layers: str
-    backbone: str
-    head: str
     matrices: tuple[Matrix, ...]
-    shared_inputs: tuple[tuple[str, ...], ...]
+    layers: str = "model.layers"
+    backbone: str = "model"
+    head: str = "lm_head"
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of roles that read the same input, so that one calibration statistic (and one
+        packed product) serves the group; in the order in which they work.
+        """
+        roles = {matrix.role for matrix in self.matrices}
+        groups = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+        return tuple(tuple(role for role in group if role in roles) for group in groups)
 
 
 _LLAMA_MATRICES = (
@@ -87,7 +93,6 @@ _GPT2_MATRICES = (
     Matrix("down", "mlp.c_proj", transposed=True),
 )
 
-
 _PHI3_MATRICES = (
     Matrix("q", "self_attn.qkv_proj", part=0, parts=3),
     Matrix("k", "self_attn.qkv_proj", part=1, parts=3),
@@ -107,9 +112,6 @@ _OPT_MATRICES = (
     Matrix("down", "fc2"),
 )
 
-_WITH_GATE = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-_WITHOUT_GATE = (("q", "k", "v"), ("o",), ("up",), ("down",))
-
 
 def _fused_by_head(attention: str) -> tuple[Matrix, ...]:
     """GPT-NeoX and Falcon: one module for q, k and v, dense_h_to_4h and back."""
@@ -121,73 +123,40 @@ def _fused_by_head(attention: str) -> tuple[Matrix, ...]:
     )
 
 
-def _like_llama(model_type: str, causal_lm: str) -> Family:
-    return Family(
-        model_type=model_type,
-        causal_lm=causal_lm,
-        layers="model.layers",
-        backbone="model",
-        head="lm_head",
-        matrices=_LLAMA_MATRICES,
-        shared_inputs=_WITH_GATE,
-    )
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": _like_llama("llama", "LlamaForCausalLM"),
-    "qwen2": _like_llama("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": _like_llama("qwen3", "Qwen3ForCausalLM"),
-    "mistral": _like_llama("mistral", "MistralForCausalLM"),
-    "gemma": _like_llama("gemma", "GemmaForCausalLM"),
-    "gemma2": _like_llama("gemma2", "Gemma2ForCausalLM"),
-    "gemma3_text": _like_llama("gemma3_text", "Gemma3ForCausalLM"),
-    "olmo2": _like_llama("olmo2", "Olmo2ForCausalLM"),
-    "phi3": Family(
-        model_type="phi3",
-        causal_lm="Phi3ForCausalLM",
-        layers="model.layers",
-        backbone="model",
-        head="lm_head",
-        matrices=_PHI3_MATRICES,
-        shared_inputs=_WITH_GATE,
-    ),
-    "opt": Family(
-        model_type="opt",
-        causal_lm="OPTForCausalLM",
-        layers="model.decoder.layers",
-        backbone="model",
-        head="lm_head",
-        matrices=_OPT_MATRICES,
-        shared_inputs=_WITHOUT_GATE,
-    ),
-    "gpt_neox": Family(
-        model_type="gpt_neox",
-        causal_lm="GPTNeoXForCausalLM",
+_KNOWN = (
+    Family("llama", "LlamaForCausalLM", _LLAMA_MATRICES),
+    Family("qwen2", "Qwen2ForCausalLM", _LLAMA_MATRICES),
+    Family("qwen3", "Qwen3ForCausalLM", _LLAMA_MATRICES),
+    Family("mistral", "MistralForCausalLM", _LLAMA_MATRICES),
+    Family("gemma", "GemmaForCausalLM", _LLAMA_MATRICES),
+    Family("gemma2", "Gemma2ForCausalLM", _LLAMA_MATRICES),
+    Family("gemma3_text", "Gemma3ForCausalLM", _LLAMA_MATRICES),
+    Family("olmo2", "Olmo2ForCausalLM", _LLAMA_MATRICES),
+    Family("phi3", "Phi3ForCausalLM", _PHI3_MATRICES),
+    Family("opt", "OPTForCausalLM", _OPT_MATRICES, layers="model.decoder.layers"),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        _fused_by_head("attention"),
         layers="gpt_neox.layers",
         backbone="gpt_neox",
-        head="lm_head",
-        matrices=_fused_by_head("attention"),
-        shared_inputs=_WITHOUT_GATE,
     ),
-    "falcon": Family(
-        model_type="falcon",
-        causal_lm="FalconForCausalLM",
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        _fused_by_head("self_attention"),
         layers="transformer.h",
         backbone="transformer",
-        head="lm_head",
-        matrices=_fused_by_head("self_attention"),
-        shared_inputs=_WITHOUT_GATE,
     ),
-    "gpt2": Family(
-        model_type="gpt2",
-        causal_lm="GPT2LMHeadModel",
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        _GPT2_MATRICES,
         layers="transformer.h",
         backbone="transformer",
-        head="lm_head",
-        matrices=_GPT2_MATRICES,
-        shared_inputs=_WITHOUT_GATE,
     ),
-}
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _KNOWN}
 
 # What a config may ask for that is not built at all, and what only the objectives do not model.
 _NOT_BUILT = {

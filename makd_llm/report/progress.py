@@ -13,22 +13,30 @@ from makd_llm import distributed
 SECONDS_BETWEEN_LINES = 20.0
 
 
+def bar_if_watched() -> Progress | None:
+    """A bar on standard error, whose tasks have a field `said`; None where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+        console=console,
+    )
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Gives a function to be called after each of `total` units. Only rank 0 shows anything."""
     if not distributed.is_main():
         yield lambda: None
         return
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total)
+    if shown := bar_if_watched():
+        with shown as bar:
+            task = bar.add_task(label, total=total, said="")
             yield lambda: bar.advance(task)
         return
     started = spoken = time.monotonic()

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.utils.tensorboard import SummaryWriter
 
 from makd_llm import distributed
 from makd_llm.files import write_whole
+from makd_llm.report.progress import bar_if_watched
 
 
 class Metrics:
@@ -35,16 +35,8 @@ class Metrics:
         _forget_after(path, stage, start)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=start + 1)
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[said]}"),
-            )
-            self._bar = Progress(*columns, console=console)
+        self._bar = bar_if_watched()
+        if self._bar:
             self._task = self._bar.add_task(stage, total=steps, completed=start, said="")
             self._bar.start()
 

@@ -156,16 +156,16 @@ def test_what_is_known_of_the_stream_helps(tmp_path: Path) -> None:
 def test_refinement_lowers_its_loss(loss: str, inputs: str, tmp_path: Path) -> None:
     teacher = saved_teacher("llama", tmp_path / "teacher")
     seen: list[list[float]] = []
-    from makd_llm.factorize import onstream
+    from makd_llm.factorize import student_stream
 
-    real = onstream.refine_block
+    real = student_stream.refine_block
 
     def watched(*args: Any) -> list[float]:
         seen.append(real(*args))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onstream, "refine_block", watched)
+        patch.setattr(student_stream, "refine_block", watched)
         cut(
             teacher,
             tmp_path / "student",

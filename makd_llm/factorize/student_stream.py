@@ -25,7 +25,7 @@ from makd_llm.factorize.statistics import only_input_of, real_rows
 from makd_llm.factorize.walk import Stream, Walk
 from makd_llm.report.progress import progress
 
-ON_STREAM = ("sequential", "refitted")
+STUDENT_STREAM_METHODS = ("sequential", "refitted")
 
 
 def factors_part(job: Job) -> str:
@@ -39,7 +39,7 @@ def refined_part(layer: int) -> str:
 
 
 @dataclass
-class OnStream:
+class StudentStream:
     """Builds a student's layers. method: `sequential` and `refitted` decompose anew; any other
     takes the components that calibration kept, to be refined. factors: where what is made goes.
     """
@@ -81,7 +81,7 @@ class OnStream:
     ) -> None:
         """Factorizes one group of a layer and puts the factors into the student's layer."""
         cut = [(job, rank) for job, rank in members if rank is not None]
-        if self.method in ON_STREAM:
+        if self.method in STUDENT_STREAM_METHODS:
             missing = set(self.factors.missing([factors_part(job) for job, _ in cut]))
             todo = [(job, rank) for job, rank in cut if factors_part(job) in missing]
             if todo:
@@ -92,7 +92,7 @@ class OnStream:
                 for number in parallel.mine(costs):
                     self._factorize(*todo[number], sums)
                 distributed.barrier()
-        anew = self.method in ON_STREAM
+        anew = self.method in STUDENT_STREAM_METHODS
         parts = self.factors if anew else self.components
         place(
             layer,
