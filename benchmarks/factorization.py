@@ -34,13 +34,18 @@ ROWS: dict[str, dict[str, object]] = {
     "fwsvd": {"method": "fwsvd"},
     "asvd": {"method": "asvd"},
     "whitened": {"method": "whitened"},
-    "whitened, greedy": {"method": "whitened", "budget": "greedy"},
-    "whitened, sensitivity": {"method": "whitened", "budget": "sensitivity"},
     "sequential": {"method": "sequential"},
     "refitted": {"method": "refitted"},
-    "refitted, greedy": {"method": "refitted", "budget": "greedy"},
+    "fisher": {"method": "fisher"},
+    "whitened, greedy": {"method": "whitened", "budget": "greedy"},
+    "whitened, sensitivity": {"method": "whitened", "budget": "sensitivity"},
+    "fisher, greedy": {"method": "fisher", "budget": "greedy"},
     "whitened + refinement": {"method": "whitened", "refine": Refinement()},
-    "refitted + refinement": {"method": "refitted", "refine": Refinement()},
+    "fisher, greedy + refinement": {
+        "method": "fisher",
+        "budget": "greedy",
+        "refine": Refinement(),
+    },
 }
 
 
