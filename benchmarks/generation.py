@@ -2,10 +2,10 @@
 
     python benchmarks/generation.py TEACHER STUDENT... [--batch 1 16]
 
-Every model writes the same number of tokens after the same prompt, in turns, in one process; a
-student once as it is loaded, once packed (one `down` product for q, k and v, one for gate and up),
-once merged into dense weights. Memory is what the weights take, and the peak beyond them while
-writing.
+Every model writes the same number of tokens after the same prompt, in turns, in one process; once
+as transformers loads it, and once packed (makd_llm/models/packing.py: fewer products, pairs
+multiplied out where that is faster). Memory is what the weights take, and the peak beyond them
+while writing.
 """
 
 import argparse
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import makd_llm  # noqa: F401  (makes the Auto classes know the students)
-from makd_llm.models.modeling_lowrank import LowRankLinear, LowRankParts, pack
+from makd_llm.models.packing import pack
 from makd_llm.models.source import resolve_model
 from measure import RESULTS, megabytes, ratio_to, say, where, write
 
@@ -40,14 +39,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "generation_cpu.csv")
     asked = parser.parse_args()
-    models = {"teacher": loaded(resolve_model(asked.teacher))}
-    for folder in asked.students:
-        models[folder.name] = loaded(folder)
-        models[f"{folder.name}, packed"] = packed = loaded(folder)
-        pack(packed)
-        models[f"{folder.name}, merged"] = merged(loaded(folder))
     rows: list[dict[str, object]] = []
     for batch in asked.batch:
+        models = _models(resolve_model(asked.teacher), asked.students, batch)
         ids = torch.arange(batch * asked.prompt).reshape(batch, -1) % 1000 + 100
         calls = {name: writing(model, ids, asked.new) for name, model in models.items()}
         say(f"batch {batch}")
@@ -73,24 +67,19 @@ def main() -> None:
             write(rows, asked.out)
 
 
+def _models(teacher: Path, students: list[Path], batch: int) -> dict[str, Model]:
+    models = {}
+    for name, folder in [("teacher", teacher), *((f.name, f) for f in students)]:
+        models[name] = loaded(folder)
+        models[f"{name}, packed"] = packed = loaded(folder)
+        say(f"{name}: {pack(packed, rows=batch)}")
+    return models
+
+
 def loaded(folder: Path) -> Model:
     """A model in bf16, ready to write."""
     model: Model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model.eval()
-
-
-def merged(model: Model) -> Model:
-    """The student with every factor pair multiplied out, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LowRankLinear):
-                dense = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                dense.weight = nn.Parameter(child.dense_weight())
-                if child.bias is not None:
-                    dense.bias = child.bias
-                setattr(parent, name, dense.to(child.up.dtype))
-            assert not isinstance(child, LowRankParts), "fused modules are merged by makd export"
-    return model
 
 
 def writing(model: Model, ids: torch.Tensor, new: int) -> Callable[[], torch.Tensor]:

@@ -21,12 +21,10 @@ from makd_llm.models.modeling_lowrank import (
     Fused,
     LowRankLinear,
     LowRankParts,
-    SharedDown,
     base_config,
     is_lowrank,
     lowrank_config,
     model_class_for,
-    pack,
 )
 from makd_llm.testing import TINY_LAYERS as LAYERS
 from makd_llm.testing import run_on_ranks, tiny_config
@@ -309,22 +307,3 @@ def test_built_under_zero_init_only_the_student_remains() -> None:
     part = student.transformer.h[0].attn.c_attn.parts[1]
     with deepspeed.zero.GatheredParameters(list(part.parameters())):
         assert 0.005 < part.dense_weight().std().item() < 1
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_packed_factors_write_the_same(model_type: str) -> None:
-    student = random_student(model_type)
-    nn.init.normal_(student.get_output_embeddings().weight)
-    ids = IDS[:1]
-    with torch.no_grad():
-        before = student(ids).logits
-        written = student.generate(ids, max_new_tokens=6, do_sample=False)
-        stored = sum(p.numel() for p in student.parameters())
-        saved = pack(student)
-        torch.testing.assert_close(student(ids).logits, before)
-        assert torch.equal(student.generate(ids, max_new_tokens=6, do_sample=False), written)
-    gated = any(matrix.role == "gate" for matrix in family_of(student.config).matrices)
-    assert saved == LAYERS * (3 if gated else 2)
-    assert sum(p.numel() for p in student.parameters()) == stored
-    assert all(m._input is None for m in student.modules() if isinstance(m, SharedDown))
-    assert pack(student) == 0
