@@ -11,17 +11,26 @@ say what counts as an error:
     refitted  the outputs W X of the teacher's inputs, made from the student's own inputs X'
 
 The first r components are the best approximation of rank r in that sense, so one decomposition
-serves every rank. Components are balanced: column of up and row of down have the same norm. For
-plain SVD that is sqrt(sigma) on either side. For whitened SVD it is ours: sqrt(sigma) on either
-side of S^-1 leaves down smaller than up by the size of the inputs summed over all calibration
-tokens, and an optimizer that moves every weight by the learning rate (Adam) tears it apart.
+serves every rank. Where `most` says how many will be wanted, and that is far below the size, the
+decomposition is randomized.
+
+Components are balanced: column of up and row of down have the same norm. For plain SVD that is
+sqrt(sigma) on either side. For whitened SVD it is ours: sqrt(sigma) on either side of S^-1 leaves
+down smaller than up by the size of the inputs summed over all calibration tokens, and an optimizer
+that moves every weight by the learning rate (Adam) tears it apart.
 """
 # M outputs, K inputs, J = min(M, K), R rank, X inputs of the matrix as columns
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+FAR_BELOW, OVERSAMPLED, ITERATIONS = 8, 16, 6
+"""A randomized decomposition where the rank, with so many vectors more, is at most an eighth of the
+size; so many rounds of subspace iteration.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,32 @@ class Factors:
     residual: float
 
 
+class Left(NamedTuple):
+    """discarded, added: as in `Components`."""
+
+    discarded: Tensor
+    added: float
+
+
 @dataclass(frozen=True)
 class Components:
     """A matrix as a sum of components, best first.
 
     discarded: (J + 1,) float64 on the CPU; the squared error |L (W - W_r) S|_F^2 that is left when
-    the first r components are kept. It falls with r, to 0 except for `refitted`.
+    the first r components are kept. It falls with r, to 0 where J = min(M, K), except for
+    `refitted`. added: how much of that, for any r, a full decomposition might have kept, at most;
+    0 but for a randomized one.
     """
 
     down_JK: Tensor
     up_MJ: Tensor
     discarded: Tensor
+    added: float = 0.0
+
+    @property
+    def left(self) -> Left:
+        """What the components leave."""
+        return Left(self.discarded, self.added)
 
     def first(self, rank: int) -> Factors:
         """The best factor pair of this rank."""
@@ -78,13 +102,13 @@ class Root:
         return v_JK @ self.inverse_KK
 
 
-def svd(weight_MK: Tensor) -> Components:
+def svd(weight_MK: Tensor, most: int | None = None) -> Components:
     """Plain SVD: the best approximation of the weights. Source: Eckart and Young 1936."""
     weight_MK = weight_MK.double()
-    return _components(weight_MK, weight_MK, None)
+    return _components(weight_MK, weight_MK, None, most)
 
 
-def fwsvd(weight_MK: Tensor, fisher_M: Tensor) -> Components:
+def fwsvd(weight_MK: Tensor, fisher_M: Tensor, most: int | None = None) -> Components:
     """SVD of the rows scaled by the root of their Fisher information.
 
     fisher_M: sum over the row of squared gradients of the loss. Source: FWSVD (Hsu et al. 2022).
@@ -93,11 +117,14 @@ def fwsvd(weight_MK: Tensor, fisher_M: Tensor) -> Components:
     scale_M = fisher_M.double().sqrt()
     scale_M = scale_M.clamp_min(1e-6 * scale_M.mean().clamp_min(1e-30))
     weight_MK = weight_MK.double()
-    scaled = _components(scale_M[:, None] * weight_MK, scale_M[:, None] * weight_MK, None)
-    return _balanced(scaled.down_JK, scaled.up_MJ / scale_M[:, None], scaled.discarded)
+    scaled_MK = scale_M[:, None] * weight_MK
+    scaled = _components(scaled_MK, scaled_MK, None, most)
+    return _balanced(scaled.down_JK, scaled.up_MJ / scale_M[:, None], scaled.left)
 
 
-def asvd(weight_MK: Tensor, mean_abs_K: Tensor, *, alpha: float = 0.5) -> Components:
+def asvd(
+    weight_MK: Tensor, mean_abs_K: Tensor, most: int | None = None, *, alpha: float = 0.5
+) -> Components:
     """SVD of the columns scaled by the size of their inputs, mean|x|^alpha.
 
     Source: ASVD (Yuan et al. 2023). Inputs that are always 0 keep a millionth of the mean scale.
@@ -105,11 +132,11 @@ def asvd(weight_MK: Tensor, mean_abs_K: Tensor, *, alpha: float = 0.5) -> Compon
     scale_K = mean_abs_K.double().pow(alpha)
     scale_K = scale_K.clamp_min(1e-6 * scale_K.mean().clamp_min(1e-30))
     weight_MK = weight_MK.double()
-    scaled = _components(weight_MK * scale_K, weight_MK * scale_K, None)
-    return _balanced(scaled.down_JK / scale_K, scaled.up_MJ, scaled.discarded)
+    scaled = _components(weight_MK * scale_K, weight_MK * scale_K, None, most)
+    return _balanced(scaled.down_JK / scale_K, scaled.up_MJ, scaled.left)
 
 
-def whitened(weight_MK: Tensor, covariance_KK: Tensor) -> Components:
+def whitened(weight_MK: Tensor, covariance_KK: Tensor, most: int | None = None) -> Components:
     """SVD of W S with S S^T = X X^T: the best approximation of the outputs on X.
 
     covariance_KK: X X^T summed over calibration tokens, float64. Source: SVD-LLM (Wang et al.
@@ -118,15 +145,17 @@ def whitened(weight_MK: Tensor, covariance_KK: Tensor) -> Components:
     """
     weight_MK, covariance_KK = weight_MK.double(), covariance_KK.double()
     if not bool(covariance_KK.any()):  # no token came here: the weights are what is known
-        return svd(weight_MK)
+        return svd(weight_MK, most)
     if weight_MK.shape[0] <= weight_MK.shape[1]:
-        sigma_M, u_MM = _spectrum(weight_MK @ covariance_KK @ weight_MK.T)
-        return _balanced(u_MM.T @ weight_MK, u_MM, _discarded(sigma_M))
+        u_MJ, left = _spectrum(weight_MK @ covariance_KK @ weight_MK.T, most)
+        return _balanced(u_MJ.T @ weight_MK, u_MJ, left)
     root = whitening_root(covariance_KK)
-    return _components(weight_MK @ root.s_KK, None, root)
+    return _components(weight_MK @ root.s_KK, None, root, most)
 
 
-def fisher(weight_MK: Tensor, covariance_KK: Tensor, gradients_MM: Tensor) -> Components:
+def fisher(
+    weight_MK: Tensor, covariance_KK: Tensor, gradients_MM: Tensor, most: int | None = None
+) -> Components:
     """SVD of L^T W S: the best approximation by the loss, as far as a Kronecker product says it.
 
     covariance_KK: X X^T. gradients_MM: G G^T of the outputs' gradients; both summed over the same
@@ -136,17 +165,16 @@ def fisher(weight_MK: Tensor, covariance_KK: Tensor, gradients_MM: Tensor) -> Co
     """
     weight_MK, covariance_KK = weight_MK.double(), covariance_KK.double()
     if not bool(covariance_KK.any()) or not bool(gradients_MM.any()):
-        return whitened(weight_MK, covariance_KK)
+        return whitened(weight_MK, covariance_KK, most)
     if weight_MK.shape[0] <= weight_MK.shape[1]:
-        left = whitening_root(gradients_MM)
-        scaled_MK = left.s_KK.T @ weight_MK
-        square_M, u_MM = _spectrum(scaled_MK @ covariance_KK @ scaled_MK.T)
-        up_MM = left.divide(u_MM.T).T  # L^-T U
-        return _balanced(u_MM.T @ scaled_MK, up_MM, _discarded(square_M))
+        scale = whitening_root(gradients_MM)
+        scaled_MK = scale.s_KK.T @ weight_MK
+        u_MJ, left = _spectrum(scaled_MK @ covariance_KK @ scaled_MK.T, most)
+        return _balanced(u_MJ.T @ scaled_MK, scale.divide(u_MJ.T).T, left)  # L^-T U
     root = whitening_root(covariance_KK)
     ws_MK = weight_MK @ root.s_KK
-    square_K, v_KK = _spectrum(ws_MK.T @ gradients_MM.double() @ ws_MK)
-    return _balanced(root.divide(v_KK.T), ws_MK @ v_KK, _discarded(square_K))
+    v_KJ, left = _spectrum(ws_MK.T @ gradients_MM.double() @ ws_MK, most)
+    return _balanced(root.divide(v_KJ.T), ws_MK @ v_KJ, left)
 
 
 def refitted(
@@ -154,6 +182,7 @@ def refitted(
     student_KK: Tensor,
     teacher_student_KK: Tensor,
     teacher_KK: Tensor,
+    most: int | None = None,
     *,
     ridge: float = 1e-4,
 ) -> Components:
@@ -178,10 +207,10 @@ def refitted(
     else:
         assert root.inverse_KK is not None
         p_MK = cross_MK @ root.inverse_KK.T
-    found = _components(p_MK, None, root)
+    found = _components(p_MK, None, root, most)
     whole = float(((weight_MK @ (teacher_KK.double() + alone_KK)) * weight_MK).sum())
     lost = max(whole - float(found.discarded[0]), 0.0)
-    return Components(found.down_JK, found.up_MJ, found.discarded + lost)
+    return replace(found, discarded=found.discarded + lost)
 
 
 def whitening_root(covariance_KK: Tensor) -> Root:
@@ -202,47 +231,73 @@ def whitening_root(covariance_KK: Tensor) -> Root:
     return Root(q_KK * size_K, triangular=False, inverse_KK=(q_KK / size_K).T)
 
 
-def _components(p_MK: Tensor, right_MK: Tensor | None, root: Root | None) -> Components:
+def _components(
+    p_MK: Tensor, right_MK: Tensor | None, root: Root | None, most: int | None
+) -> Components:
     """Components of P S^-1, by the Gram matrix of P's smaller side.
 
     right_MK: P S^-1, where it is at hand.
     """
     if p_MK.shape[0] <= p_MK.shape[1]:
-        sigma_M, u_MM = _spectrum(p_MK @ p_MK.T)
+        u_MJ, left = _spectrum(p_MK @ p_MK.T, most)
         if right_MK is not None:
-            down_JK = u_MM.T @ right_MK
+            down_JK = u_MJ.T @ right_MK
         else:
             assert root is not None
-            down_JK = root.divide(u_MM.T @ p_MK)
-        return _balanced(down_JK, u_MM, _discarded(sigma_M))
-    sigma_K, v_KK = _spectrum(p_MK.T @ p_MK)
-    down_JK = v_KK.T if root is None else root.divide(v_KK.T)
-    return _balanced(down_JK, p_MK @ v_KK, _discarded(sigma_K))
+            down_JK = root.divide(u_MJ.T @ p_MK)
+        return _balanced(down_JK, u_MJ, left)
+    v_KJ, left = _spectrum(p_MK.T @ p_MK, most)
+    down_JK = v_KJ.T if root is None else root.divide(v_KJ.T)
+    return _balanced(down_JK, p_MK @ v_KJ, left)
 
 
-def _balanced(down_JK: Tensor, up_MJ: Tensor, discarded: Tensor) -> Components:
+def _balanced(down_JK: Tensor, up_MJ: Tensor, left: Left) -> Components:
     """The same product, with equal norms of each component's row of down and column of up."""
     tiny = torch.finfo(torch.float64).tiny
     down_J = torch.linalg.vector_norm(down_JK, dim=1).clamp_min(tiny)
     up_J = torch.linalg.vector_norm(up_MJ, dim=0).clamp_min(tiny)
     scale_J = (down_J / up_J).sqrt()
-    return Components(down_JK / scale_J[:, None], up_MJ * scale_J, discarded)
+    return Components(down_JK / scale_J[:, None], up_MJ * scale_J, *left)
 
 
-def _spectrum(gram_JJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values, largest first, and vectors of the matrix whose Gram matrix this is.
+def _spectrum(gram_JJ: Tensor, most: int | None) -> tuple[Tensor, Left]:
+    """Of the matrix whose Gram matrix this is: its first `most` singular vectors (None: all), and
+    what is left of its squared norm without the first 0, 1, 2, ... of them.
 
     Several times faster than an SVD; in float64, what squaring costs is a relative 1e-8 of the
     largest singular value, far below the weights' own precision.
     """
-    square_J, vectors_JJ = torch.linalg.eigh(_finite(gram_JJ))
-    return square_J.flip(0).clamp_min(0.0), vectors_JJ.flip(1)
+    size = len(_finite(gram_JJ))
+    if most is not None and FAR_BELOW * (most + OVERSAMPLED) <= size:
+        return _leading(gram_JJ, most)
+    square_J, vectors_JJ = torch.linalg.eigh(gram_JJ)
+    # Summed from the small end, so that small sums keep their precision.
+    left_J = square_J.cpu().clamp_min(0.0).cumsum(0).flip(0)
+    discarded = torch.cat([left_J, left_J.new_zeros(1)])
+    most = size if most is None else min(most, size)
+    return vectors_JJ.flip(1)[:, :most], Left(discarded[: most + 1], 0.0)
 
 
-def _discarded(square_J: Tensor) -> Tensor:
-    """What remains of the sum after the first 0, 1, 2, ... values; summed from the small end."""
-    tail_J = square_J.cpu().flip(0).cumsum(0).flip(0)
-    return torch.cat([tail_J, tail_J.new_zeros(1)])
+def _leading(gram_JJ: Tensor, most: int) -> tuple[Tensor, Left]:
+    """`_spectrum` by randomized subspace iteration (Halko, Martinsson and Tropp 2011).
+
+    The squared error is exact for the vectors that are found. Kahan's bound on Ritz values says how
+    far it is from the least: sqrt(2 r) |G Q - Q H|_F, with H = Q^T G Q.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = len(gram_JJ)
+    start_JQ = torch.randn(size, most + OVERSAMPLED, generator=generator, dtype=gram_JJ.dtype)
+    q_JQ = start_JQ.to(gram_JJ.device)
+    for _ in range(ITERATIONS):
+        q_JQ = torch.linalg.qr(gram_JJ @ q_JQ).Q
+    times_JQ = gram_JJ @ q_JQ
+    square_Q, turn_QQ = torch.linalg.eigh(q_JQ.T @ times_JQ)
+    square_R, turn_QR = square_Q.flip(0)[:most], turn_QQ.flip(1)[:, :most]
+    vectors_JR = q_JQ @ turn_QR
+    wrong = float(torch.linalg.matrix_norm(times_JQ @ turn_QR - vectors_JR * square_R))
+    kept = torch.cat([square_R.new_zeros(1), square_R.clamp_min(0.0).cumsum(0)])
+    discarded = (gram_JJ.diagonal().sum() - kept).clamp_min(0.0).cpu()
+    return vectors_JR, Left(discarded, (2 * most) ** 0.5 * wrong)
 
 
 def _finite(matrix: Tensor) -> Tensor:

@@ -104,6 +104,42 @@ def test_each_is_the_best_in_its_own_sense(weight: torch.Tensor, method: str) ->
     assert all(errors[name] > 1.001 * errors[method] for name in METHODS if name not in others)
 
 
+def steep(rows: int, columns: int) -> torch.Tensor:
+    """A matrix whose singular values fall as those of trained ones do."""
+    generator = torch.Generator().manual_seed(4)
+    u, v = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+        for n in (rows, columns)
+    )
+    size = min(rows, columns)
+    return u[:, :size] * (1.0 + torch.arange(size, dtype=torch.float64)) ** -1.0 @ v[:size]
+
+
+@pytest.mark.parametrize("shape", [(256, 320), (320, 256)], ids=["wide", "tall"])
+def test_far_below_the_size_it_is_randomized_and_says_what_that_costs(
+    shape: tuple[int, int],
+) -> None:
+    matrix = steep(*shape)
+    whole, some = svd(matrix), svd(matrix, 8)
+    assert len(whole.discarded) == 257
+    assert (len(some.discarded), len(some.down_JK)) == (9, 8)
+    assert whole.added == 0.0 < some.added
+    for rank in range(9):
+        lost = float((matrix - product(some, rank)).square().sum())
+        assert float(some.discarded[rank]) == pytest.approx(lost, rel=1e-9)
+        least = float(whole.discarded[rank])
+        assert least * (1 - 1e-9) <= lost <= least + some.added
+    assert some.added < 0.05 * float(whole.discarded[8])
+    assert torch.equal(svd(matrix, 8).up_MJ, some.up_MJ)
+
+
+def test_close_to_the_size_it_is_not_randomized() -> None:
+    matrix = steep(256, 320)
+    some = svd(matrix, 24)
+    assert some.added == 0.0
+    torch.testing.assert_close(some.discarded, svd(matrix).discarded[:25])
+
+
 def test_refitting_recovers_what_inputs_that_drifted_still_say(weight: torch.Tensor) -> None:
     x = correlated_inputs()
     generator = torch.Generator().manual_seed(2)
