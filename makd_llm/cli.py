@@ -124,6 +124,12 @@ def factorize(
     refine: Annotated[
         int, typer.Option("--refine", help="Epochs of local training of each layer afterwards.")
     ] = 0,
+    stages: Annotated[
+        bool,
+        typer.Option(
+            "--stages", help="Also measure plain SVD, whitening, ... on the way; needs --held-out."
+        ),
+    ] = False,
     samples: Annotated[int, typer.Option(help="Windows or records to calibrate on.")] = 256,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a window or record; default: 2048, or all it has.")
@@ -145,7 +151,7 @@ def factorize(
     from makd_llm import distributed
     from makd_llm.config import StudentConfig, checked
     from makd_llm.factorization import TextSettings, factorize_model
-    from makd_llm.report.table import factorization_table, rank_table, show
+    from makd_llm.report.table import factorization_table, rank_table, show, stages_table
     from makd_llm.train.build import build_recipe
 
     settings = checked(
@@ -168,13 +174,17 @@ def factorize(
     distributed.init()
     try:
         text = TextSettings(data, held_out, samples, window, batch)
-        report = factorize_model(teacher, out, build_recipe(settings), text, dtype=known[dtype])
+        report = factorize_model(
+            teacher, out, build_recipe(settings), text, dtype=known[dtype], stages=stages
+        )
         if distributed.is_main():
             if as_json:
                 print(json.dumps(report, indent=1))
             else:
                 show(rank_table(report))
                 show(factorization_table(report))
+                if stages:
+                    show(stages_table(report["held_out"]["stages"]))
     finally:
         distributed.shutdown()
 

@@ -6,10 +6,12 @@ text is given, what the student lost on it), and the same as a picture.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,14 @@ from makd_llm.data.prompt import usable_examples
 from makd_llm.data.schema import Example
 from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.errors import UserError
-from makd_llm.factorize.residuals import residuals
+from makd_llm.factorize.ladder import name_of, rungs
+from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.files import write_whole
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.pipeline import pad_id_of
 from makd_llm.report.card import factorization_card
-from makd_llm.report.plots import factorization_plot
+from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.train.build import build_prompts, build_records
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -54,9 +57,20 @@ class TextSettings:
 
 
 def factorize_model(
-    model: str, out: Path, recipe: Recipe, text: TextSettings, *, dtype: torch.dtype
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    text: TextSettings,
+    *,
+    dtype: torch.dtype,
+    stages: bool = False,
 ) -> dict[str, Any]:
-    """Writes the student to `out` and returns what factorization.json says. Collective."""
+    """Writes the student to `out` and returns what factorization.json says. Collective.
+
+    stages: also measure the students on the way to it (ladder.py), which takes text.held_out.
+    """
+    if stages and text.held_out is None:
+        raise UserError("--stages measures students; name a text for it in --held-out")
     teacher = resolve_model(model)
     tokenizer = load_tokenizer(teacher)
     text = replace(text, window=_window(teacher, text.window))
@@ -70,8 +84,16 @@ def factorize_model(
         calibration = _batches(text.data, "--data", text, tokenizer)
     held_out = _batches(text.held_out, "--held-out", text, tokenizer) if text.held_out else []
     started = time.monotonic()
+    scratch = out.with_name(f".{out.name}.stages") if stages else None
     matrices = factorize(
-        teacher, out, recipe, calibration, tokenizer=tokenizer, dtype=dtype, tell=_tell
+        teacher,
+        out,
+        recipe,
+        calibration,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        components=scratch / recipe.calibrated_as if scratch else None,
+        tell=_tell,
     )
     counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": out})
     report: dict[str, Any] = {
@@ -87,15 +109,50 @@ def factorize_model(
         "parameters": {name: asdict(count) for name, count in counts.items()},
     }
     if held_out:
-        report["held_out"] = _measured(teacher, out, held_out, text, matrices, dtype)
+        report["held_out"] = measured = _measured(teacher, out, held_out, text, matrices, dtype)
+        if scratch:
+            found = measured["perplexity"]
+            before = _before(teacher, recipe, calibration, held_out, scratch, dtype)
+            measured["stages"] = {"teacher": found["teacher"], **before} | {
+                name_of(recipe): found["student"]
+            }
     distributed.on_main(_write, out, report)
     return report
+
+
+def _before(
+    teacher: Path,
+    recipe: Recipe,
+    calibration: list[Batch],
+    held_out: list[Batch],
+    scratch: Path,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Perplexity of each student on the way to this recipe's; clears what it takes for that."""
+    found = {}
+    for name, rung in rungs(recipe).items():
+        _tell(f"stages: {name}")
+        folder = scratch / "student"
+        factorize(
+            teacher,
+            folder,
+            rung,
+            calibration,
+            tokenizer=None,
+            dtype=dtype,
+            components=scratch / rung.calibrated_as,
+        )
+        found[name] = perplexity(folder, held_out, dtype=dtype)
+    distributed.on_main(partial(shutil.rmtree, ignore_errors=True), scratch)
+    return found
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
     write_whole(out / REPORT, json.dumps(report, indent=1))
     write_whole(out / "README.md", factorization_card(report))
     factorization_plot(report, out / "factorization.png")
+    if stages := report.get("held_out", {}).get("stages"):
+        stages_plot(stages, out / "stages.png")
 
 
 def _window(teacher: Path, asked: int | None) -> int:

@@ -43,6 +43,32 @@ def test_a_student_and_its_report(
     AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_stages_tell_what_each_step_is_worth(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, given = tmp_path / "student", ("--data", str(text), "--held-out", str(text))
+    call(tiny, out, *given, "--stages", "--refine", "1")
+    assert "what each step is worth" in capsys.readouterr().out
+    report = json.loads((out / "factorization.json").read_text())
+    stages = report["held_out"]["stages"]
+    assert [*stages] == [
+        "teacher",
+        "svd",
+        "whitened",
+        "fisher, greedy",
+        "fisher, greedy + refinement",
+    ]
+    found = report["held_out"]["perplexity"]
+    assert (stages["teacher"], [*stages.values()][-1]) == (found["teacher"], found["student"])
+    assert len(set(stages.values())) == 5
+    assert (out / "stages.png").stat().st_size > 1000
+    assert not (tmp_path / ".student.stages").exists()
+    # A rung is what its recipe alone makes.
+    call(tiny, tmp_path / "whitened", *given, "--method", "whitened", "--budget", "uniform")
+    alone = json.loads((tmp_path / "whitened" / "factorization.json").read_text())
+    assert alone["held_out"]["perplexity"]["student"] == pytest.approx(stages["whitened"])
+
+
 def test_json_is_the_report(
     tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +85,7 @@ def test_json_is_the_report(
         (["--data", "none.txt"], "--data none.txt: not readable"),
         (["--data", "TEXT", "--window", "999"], "has only 128 positions"),
         (["--data", "TEXT", "--samples", "1"], "32 tokens cannot fill the covariance of 48"),
+        (["--data", "TEXT", "--stages"], "name a text for it in --held-out"),
         (["--data", "TEXT", "--keep", "0.01"], "keep_ratio 0.01 cannot be met"),
     ],
 )

@@ -1,10 +1,10 @@
-"""factorization.json as a picture: what every matrix got, and what it lost."""
+"""A factorization in pictures: what every matrix got and lost, and what each step is worth."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from makd_llm.report.table import kept_share
+from makd_llm.report.table import kept_share, steps_of
 
 
 def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
@@ -39,5 +39,20 @@ def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
         axes[2].invert_yaxis()
         axes[2].set(title="|h_student - h_teacher| / |h_teacher|", ylabel="layer")
         axes[2].grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def stages_plot(stages: Mapping[str, float], path: Path) -> None:
+    """Writes bars of what each student's mean nats per token are above the teacher's, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    students = steps_of(stages)[1:]
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(students)), layout="constrained")
+    bars = axis.barh([s.stage for s in students], [s.above_teacher for s in students])
+    axis.bar_label(bars, [f"{s.above_teacher:.2f}" for s in students], padding=3)
+    axis.invert_yaxis()
+    axis.set(xlabel="nats per token above the teacher")
+    axis.margins(x=0.12)
     figure.savefig(path, dpi=110)
     plt.close(figure)

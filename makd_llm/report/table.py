@@ -1,6 +1,8 @@
 """The tables that a run prints, as rich tables made from its JSON files."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -88,6 +90,45 @@ def factorization_table(report: Mapping[str, Any]) -> Table:
             measured = [held_out["matrix_residuals"][i] for i in places]
             cells.append(f"{sum(measured) / len(measured):.3f}")
         table.add_row(*cells)
+    return table
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage on the way from plain SVD to a finished student.
+
+    above_teacher: mean nats per token more than the teacher's. recovered: the share of what the
+    first stage lost that this one has won back from the stage before; None for teacher and first.
+    """
+
+    stage: str
+    perplexity: float
+    above_teacher: float
+    recovered: float | None
+
+
+def steps_of(stages: Mapping[str, float]) -> list[Step]:
+    """stages: name -> perplexity; the teacher, then the students in order."""
+    (_, teacher), *students = stages.items()
+    above = [math.log(value / teacher) for _, value in students]
+    steps = [Step(next(iter(stages)), teacher, 0.0, None)]
+    for place, (name, value) in enumerate(students):
+        won = None if place == 0 else (above[place - 1] - above[place]) / above[0]
+        steps.append(Step(name, value, above[place], won))
+    return steps
+
+
+def stages_table(stages: Mapping[str, float]) -> Table:
+    """What each step from plain SVD on is worth."""
+    table = Table(
+        title="what each step is worth",
+        caption="won back: share of the nats that the first student lost",
+    )
+    for column in ("stage", "perplexity", "nats above teacher", "won back"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for step in steps_of(stages):
+        won = "" if step.recovered is None else f"{step.recovered:.1%}"
+        table.add_row(step.stage, f"{step.perplexity:,.2f}", f"{step.above_teacher:.3f}", won)
     return table
 
 

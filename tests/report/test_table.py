@@ -1,11 +1,18 @@
 """The tables say what the JSON files hold, also where a row has no size or no perplexity."""
 
+import math
 from typing import Any
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
-from makd_llm.report.table import evaluation_table, factorization_table
+from makd_llm.report.table import (
+    evaluation_table,
+    factorization_table,
+    stages_table,
+    steps_of,
+)
 
 
 def printed(table: Table) -> list[str]:
@@ -70,3 +77,18 @@ def test_factorization() -> None:
     lines = printed(factorization_table(report | {"held_out": held_out}))
     assert [cells(line)[-1] for line in lines if line.startswith("│")] == ["0.300", "0.000"]
     assert "17.12 -> 60.00 over 4,096 tokens of test.txt" in " ".join(lines)
+
+
+def test_what_a_step_won_back_is_a_share_of_what_the_first_lost() -> None:
+    stages = {
+        "teacher": 10.0,
+        "svd": 10.0 * math.e**4,
+        "whitened": 10.0 * math.e,
+        "distilled": 10.0,
+    }
+    steps = steps_of(stages)
+    assert [s.above_teacher for s in steps] == pytest.approx([0.0, 4.0, 1.0, 0.0])
+    assert [s.recovered for s in steps[:2]] == [None, None]
+    assert [s.recovered for s in steps[2:]] == pytest.approx([0.75, 0.25])
+    lines = printed(stages_table(stages))
+    assert any("whitened" in line and "75.0%" in line for line in lines)
