@@ -183,7 +183,7 @@ def _measured(
             "teacher": found.teacher,
             "student": found.student,
         },
-        "matrix_residuals": [found.matrix[m.layer, m.role] for m in matrices],
+        "matrix_residuals": [found.matrix[m.layer, m.key] for m in matrices],
         "layer_residuals": found.layer,
     }
 

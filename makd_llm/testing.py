@@ -7,6 +7,7 @@ works under every pytest import mode; the body is therefore a function at the to
 This module needs pytest (the `dev` extra); nothing outside the tests imports it.
 """
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -83,6 +84,21 @@ def tiny_config(model_type: str, tied: bool = False) -> "PreTrainedConfig":
         "opt": {"ffn_dim": 40, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
         "gpt_neox": {"intermediate_size": 40, "max_position_embeddings": 64},
         "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 40},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen2_moe": {  # a dense layer, then a sparse one
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [0],
+        },
+        "qwen3_moe": {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
     }
     grouped = {"intermediate_size": 40, "num_key_value_heads": 2}
     without = ("gpt2", "opt", "gpt_neox", "falcon")
@@ -101,6 +117,27 @@ def tiny_config(model_type: str, tied: bool = False) -> "PreTrainedConfig":
     )
     config.architectures = [FAMILIES[model_type].causal_lm]
     return config
+
+
+def unstacked(model: Any) -> Any:
+    """A copy of a model of transformers whose experts have modules of their own, with the same
+    weights.
+    """
+    from makd_llm.checkpoint.expert_names import stacked_place
+    from makd_llm.models.modeling_lowrank import unstack_experts
+
+    twin, state = copy.deepcopy(model), model.state_dict()
+    unstack_experts(twin)
+    values = {}
+    for name in twin.state_dict():
+        place = stacked_place(name)
+        if place is None or place.name not in state:
+            values[name] = state[name]
+        else:
+            stack = state[place.name]
+            values[name] = stack[place.expert, place.rows(tuple(stack.shape))]
+    twin.to(model.dtype).load_state_dict(values)
+    return twin.train(model.training)
 
 
 def run_on_ranks(

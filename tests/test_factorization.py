@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import makd_llm  # noqa: F401  (makes the Auto classes know the student)
 from makd_llm.cli import main
+from makd_llm.testing import tiny_config
 
 
 @pytest.fixture
@@ -67,6 +69,39 @@ def test_stages_tell_what_each_step_is_worth(
     call(tiny, tmp_path / "whitened", *given, "--method", "whitened", "--budget", "uniform")
     alone = json.loads((tmp_path / "whitened" / "factorization.json").read_text())
     assert alone["held_out"]["perplexity"]["student"] == pytest.approx(stages["whitened"])
+
+
+def test_a_mixture_of_experts_with_experts_that_the_held_out_text_does_not_reach(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = tiny_config("qwen2_moe")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "teacher")
+    config.vocab_size, config.num_experts, config.num_experts_per_tok = len(tokenizer), 16, 1
+    config.initializer_range = 0.2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "short.txt").write_text("the cat sat on a mat", encoding="utf-8")
+    options = {
+        "--out": str(tmp_path / "student"),
+        "--data": str(text),
+        "--held-out": str(tmp_path / "short.txt"),
+        "--rank-multiple": "2",
+        "--window": "4",
+        "--samples": "64",
+        "--dtype": "float32",
+        "--method": "fisher",
+    }
+    main(["factorize", str(tmp_path / "teacher"), *(w for pair in options.items() for w in pair)])
+    assert "held-out mean" in capsys.readouterr().out
+    report = json.loads((tmp_path / "student" / "factorization.json").read_text())
+    measured = report["held_out"]["matrix_residuals"]
+    keys = [m["key"] for m in report["matrices"]]
+    assert len(keys) == 7 + 4 + 3 * 17 and keys[-1] == "down.shared"
+    unmeasured = {key for key, residual in zip(keys, measured, strict=True) if residual is None}
+    assert unmeasured and all(key.rpartition(".")[2].isdigit() for key in unmeasured)
+    assert (tmp_path / "student" / "factorization.png").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "student")
 
 
 def test_json_is_the_report(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from makd_llm.checkpoint.expert_names import mixtral_name
 from makd_llm.checkpoint.folder import (
     INDEX_FILE,
     TensorReader,
@@ -53,13 +54,21 @@ class ParameterCount:
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter that the model of this config stores, tied ones once."""
-    from makd_llm.models.modeling_lowrank import model_class_for
+    """Name and shape of every parameter that the model of this config stores, tied ones once;
+    experts have tensors of their own, also a dense model's.
+    """
+    from makd_llm.models.modeling_lowrank import model_class_for, unstack_experts
 
     with torch.device("meta"):
         model = model_class_for(config)(copy.deepcopy(config))
+        unstack_experts(model)
     # An untied head is a parameter of its own, a tied one a second name of the embedding.
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def name_in_file(config: PreTrainedConfig, name: str) -> str:
+    """The name under which a tensor of `expected_shapes` is written: what transformers reads."""
+    return mixtral_name(name) if config.model_type == "mixtral" else name
 
 
 def write_model(
@@ -97,7 +106,7 @@ def write_model(
                 raise ValueError(
                     f"tensor {name!r} has shape {tuple(tensor.shape)}, the model's is {expected}"
                 )
-            writer.add(name, tensor)
+            writer.add(name_in_file(config, name), tensor)
             config.dtype = config.dtype or tensor.dtype
         if missing:
             raise ValueError(
@@ -139,7 +148,8 @@ def merge(
     reader = TensorReader(source)
     with TensorWriter(target) as writer:
         for name, tensor in _merged_tensors(reader, config):
-            writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+            cast = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            writer.add(name_in_file(merged, name), cast)
         write_config(writer.staging, merged)
         _copy_companions(source, writer.staging, but="README.md")  # a card of the factored form
 
@@ -158,7 +168,8 @@ def rewrite(
     with TensorWriter(target) as writer:
         for name in expected_shapes(config):
             tensor = reader.get(name)
-            writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+            cast = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            writer.add(name_in_file(config, name), cast)
         config.dtype = dtype or config.dtype
         write_config(writer.staging, config)
         _copy_companions(source, writer.staging)
@@ -173,7 +184,7 @@ def count_parameters(
         UserError: the folder lacks a tensor of the config's model.
     """
     reader = source if isinstance(source, TensorReader) else TensorReader(source)
-    matrices = {name for _, _, name in matrices_of(family, config.num_hidden_layers)}
+    matrices = {name for _, _, name in matrices_of(config)}
     blocks = total = factorized = 0
     # The names come from the model, because old files also hold buffers (GPT-2's causal mask).
     for name in expected_shapes(config):
@@ -212,10 +223,7 @@ def _merged_tensors(
         module = name.rpartition(".")[0].partition(".parts.")[0]
         if module not in lowrank:
             yield name, reader.get(name)
-    transposed = {
-        name: matrix.transposed
-        for _, matrix, name in matrices_of(family_of(config), config.num_hidden_layers)
-    }
+    transposed = {name: matrix.transposed for _, matrix, name in matrices_of(config)}
     for module in lowrank:
         parts, layout = [module], fused_layout(config, module)
         if layout is not None:

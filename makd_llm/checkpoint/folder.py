@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from makd_llm.checkpoint.expert_names import Stacked, mixtral_name, stacked_place
 from makd_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class TensorReader:
 
     Names may be the model's (`transformer.h.0.ln_1.weight`) where the file leaves the backbone's
     prefix out (`h.0.ln_1.weight`), as GPT-2's files on the Hub do, or has another name for the head
-    (`embed_out`), as GPT-NeoX's do.
+    (`embed_out`), as GPT-NeoX's do, or for the matrices of experts (expert_names.py). One of these
+    that is stored stacked with others is read out of the stack alone.
 
     Raises:
         UserError: no safetensors in the folder, or a file or tensor is missing, cut short or
@@ -94,7 +96,8 @@ class TensorReader:
         return self._in_file(name, None) is not None
 
     def resolve(self, name: str, prefix: str | None = None) -> str:
-        """The name in the files of the tensor that the model calls `name`.
+        """The name in the files of the tensor that the model calls `name`, or of the stack of
+        tensors in which it lies.
 
         Args:
             name: the name in the model.
@@ -114,6 +117,11 @@ class TensorReader:
         in_file = self.resolve(name)
         file = self._file_of[in_file]
         try:
+            stack = self._stack_of(name, in_file)
+            if stack is not None:
+                rows = self._opened(file).get_slice(in_file)
+                part: torch.Tensor = rows[stack.expert, stack.rows(tuple(rows.get_shape()))]
+                return part
             tensor: torch.Tensor = self._opened(file).get_tensor(in_file)
         except SafetensorError as error:
             raise self._damaged(file, error) from error
@@ -126,11 +134,12 @@ class TensorReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, read without its values."""
         in_file = self.resolve(name)
-        file = self._file_of[in_file]
-        try:
-            return tuple(self._opened(file).get_slice(in_file).get_shape())
-        except SafetensorError as error:
-            raise self._damaged(file, error) from error
+        stored = self._stored_shape(in_file)
+        stack = self._stack_of(name, in_file)
+        if stack is None:
+            return stored
+        rows = stack.rows(stored)
+        return (rows.stop - rows.start, stored[2])
 
     @property
     def nbytes(self) -> int:
@@ -169,10 +178,27 @@ class TensorReader:
     def _in_file(self, name: str, prefix: str | None) -> str | None:
         if name in self._file_of:
             return name
-        if name == "lm_head.weight" and "embed_out.weight" in self._file_of:
-            return "embed_out.weight"
         bare = name.removeprefix(f"{prefix}.") if prefix else name.partition(".")[2]
-        return bare if bare in self._file_of else None
+        names = [bare, mixtral_name(name)]
+        if name == "lm_head.weight":
+            names.append("embed_out.weight")
+        found = next((n for n in names if n in self._file_of), None)
+        stack = stacked_place(name) if found is None else None
+        if stack is None or stack.name not in self._file_of:
+            return found
+        return stack.name if stack.expert < self._stored_shape(stack.name)[0] else None
+
+    def _stored_shape(self, in_file: str) -> tuple[int, ...]:
+        file = self._file_of[in_file]
+        try:
+            return tuple(self._opened(file).get_slice(in_file).get_shape())
+        except SafetensorError as error:
+            raise self._damaged(file, error) from error
+
+    def _stack_of(self, name: str, in_file: str) -> Stacked | None:
+        """The place of a tensor in the stored one, where that is a stack of several."""
+        stack = stacked_place(name)
+        return stack if stack is not None and stack.name == in_file else None
 
     def _opened(self, file: str) -> safe_open:
         if file not in self._open_files:

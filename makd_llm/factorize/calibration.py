@@ -18,7 +18,7 @@ from makd_llm.factorize.gradients import backward_walk
 from makd_llm.factorize.matrices import Job, dense_matrix
 from makd_llm.factorize.parts import Parts
 from makd_llm.factorize.ranks import Shape
-from makd_llm.factorize.statistics import InputStatistics, group_of, inputs_of, real_rows
+from makd_llm.factorize.statistics import InputStatistics, Read, group_of, inputs_of
 from makd_llm.factorize.walk import Stream, Walk
 from makd_llm.models.families import Matrix
 from makd_llm.report.progress import progress
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
 
 def part_of(job: Job) -> str:
     """The name under which a matrix's components are kept."""
-    return f"{job.layer:04d}.{job.matrix.role}.components"
+    return f"{job.layer:04d}.{job.matrix.key}.components"
 
 
 @dataclass
@@ -58,7 +58,8 @@ class Calibration:
             for index in range(max(layers) + 1):
                 layer = self.walk.layer(index)
                 if index in layers:
-                    stream = self._gather(index, layer, stream, pending)
+                    own = [job for job in left if job.layer == index]
+                    stream = self._gather(index, layer, stream, own, pending)
                 else:
                     stream = self.walk.advanced(index, layer, stream)
                 held = sum(seen.covariance_KK.nbytes for seen in pending.values())
@@ -72,19 +73,23 @@ class Calibration:
         index: int,
         layer: nn.Module,
         stream: Stream,
+        own: Sequence[Job],
         into: dict[tuple[int, str], InputStatistics],
     ) -> Stream:
-        """One layer over all batches: its outputs; the statistics of its inputs go into `into`."""
+        """One layer over all batches: its outputs; the statistics of what these of its matrices
+        read go into `into`.
+        """
         walk, after = self.walk, []
-        firsts = tuple(group[0] for group in walk.family.shared_inputs)
-        with inputs_of(layer, walk.family, firsts) as inputs, torch.no_grad():
+        matrices = walk.matrices(index)
+        widths = widths_of_inputs(matrices, own)
+        for key, width in widths.items():  # on every rank, whichever experts its tokens reach
+            into[index, key] = InputStatistics.zeros(width, walk.device)
+        with torch.no_grad():
             for batch, before in zip(walk.batches, stream, strict=True):
-                after.append(walk.step(index, layer, batch, before).to("cpu"))
-                for role, x_BTK in inputs.items():
-                    x_NK = real_rows(x_BTK, batch)
-                    if (index, role) not in into:
-                        into[index, role] = InputStatistics.zeros(x_NK.shape[1], walk.device)
-                    into[index, role].add(x_NK)
+                with inputs_of(layer, matrices, widths.keys(), batch) as inputs:
+                    after.append(walk.step(index, layer, batch, before).to("cpu"))
+                for key, read in inputs.items():
+                    into[index, key].add(read.x_NK.double())
         return after
 
     def _decompose(
@@ -92,51 +97,61 @@ class Calibration:
     ) -> None:
         """This rank's share of the matrices whose inputs are known."""
         summed = {key: seen.over_ranks(*key) for key, seen in pending.items()}
-        group = group_of(self.walk.family)
+        group = {layer: group_of(self.walk.matrices(layer)) for layer, _ in summed}
 
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(self.walk.reader, job).to(self.walk.device)
-            seen = summed[job.layer, group[job.matrix.role]]
+            seen = summed[job.layer, group[job.layer][job.matrix.key]]
             return METHODS[self.method](weight_MK, seen)
 
-        ready = [job for job in left if (job.layer, group[job.matrix.role]) in summed]
+        ready = [job for job in left if job.layer in group]
         decompose_share(self.parts, ready, components_of)
+
+
+def widths_of_inputs(matrices: Sequence[Matrix], jobs: Sequence[Job]) -> dict[str, int]:
+    """Key of each input that these of a layer's matrices read -> how wide it is; in their order."""
+    group = group_of(matrices)
+    return {group[job.matrix.key]: job.shape.columns for job in jobs}
 
 
 def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> None:
     """The components of `fisher`, on one walk back: both sides' statistics, layer by layer."""
-    group, groups = group_of(walk.family), walk.family.shared_inputs
+    jobs: dict[int, list[Job]] = {}
+    for job in left:
+        jobs.setdefault(job.layer, []).append(job)
     inputs: dict[str, InputStatistics] = {}
     outputs: dict[str, Tensor] = {}
 
-    def visit(
-        layer: int, matrix: Matrix, batch: Batch, x_BTK: Tensor, gradient_BTM: Tensor
-    ) -> None:
-        gradient_NM = real_rows(gradient_BTM, batch, torch.float32)
-        if matrix.role not in outputs:
-            width = gradient_NM.shape[1]
-            outputs[matrix.role] = gradient_NM.new_zeros(width, width, dtype=torch.float64)
-        outputs[matrix.role] += gradient_NM.T @ gradient_NM
-        if group[matrix.role] == matrix.role:
-            x_NK = real_rows(x_BTK, batch)
-            if matrix.role not in inputs:
-                inputs[matrix.role] = InputStatistics.zeros(x_NK.shape[1], walk.device)
-            inputs[matrix.role].add(x_NK)
-
-    def after_layer(layer: int) -> None:
-        summed = {role: inputs[role].over_ranks(layer, role) for role, *_ in groups}
-        asked = {role: distributed.sum_over_ranks(outputs[role]) for role in sorted(outputs)}
+    def before_layer(layer: int) -> None:
+        own = jobs.get(layer, [])
         inputs.clear()
         outputs.clear()
+        for key, width in widths_of_inputs(walk.matrices(layer), own).items():
+            inputs[key] = InputStatistics.zeros(width, walk.device)
+        for job in own:
+            shape = (job.shape.rows, job.shape.rows)
+            outputs[job.matrix.key] = torch.zeros(shape, dtype=torch.float64, device=walk.device)
+
+    def visit(layer: int, matrix: Matrix, batch: Batch, read: Read, gradient_NM: Tensor) -> None:
+        if matrix.key in outputs:
+            gradient_NM = gradient_NM.float()
+            outputs[matrix.key] += gradient_NM.T @ gradient_NM
+        if matrix.key in inputs:
+            inputs[matrix.key].add(read.x_NK.double())
+
+    def after_layer(layer: int) -> None:
+        group = group_of(walk.matrices(layer))
+        summed = {key: seen.over_ranks(layer, key) for key, seen in inputs.items()}
+        asked = {key: distributed.sum_over_ranks(total) for key, total in outputs.items()}
 
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(walk.reader, job).to(walk.device)
-            role = job.matrix.role
-            return decompose.fisher(weight_MK, summed[group[role]].covariance_KK, asked[role])
+            key = job.matrix.key
+            return decompose.fisher(weight_MK, summed[group[key]].covariance_KK, asked[key])
 
-        decompose_share(parts, [job for job in left if job.layer == layer], components_of)
+        decompose_share(parts, jobs.get(layer, []), components_of)
 
-    backward_walk(walk, visit, after_layer)
+    backward_walk(walk, visit, before_layer, after_layer)
 
 
 def decompose_share(

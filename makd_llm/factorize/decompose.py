@@ -198,6 +198,8 @@ def refitted(
     regression (Izenman 1975); its use for factorization after earlier layers were cut is ours.
     """
     weight_MK, diagonal_K = weight_MK.double(), student_KK.double().diagonal()
+    if not bool(diagonal_K.any()):  # no token came here: the weights are what is known
+        return svd(weight_MK)
     # As if every input had also been seen alone, by teacher and student alike.
     alone_KK = torch.diag_embed(torch.full_like(diagonal_K, ridge * float(diagonal_K.median())))
     root = whitening_root(student_KK.double() + alone_KK)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from makd_llm.checkpoint.folder import TensorReader
 from makd_llm.factorize.ranks import Rank, Shape
-from makd_llm.models.families import Family, Matrix, matrices_of
+from makd_llm.models.families import Matrix, matrices_of
 from makd_llm.models.modeling_lowrank import Fused, Ranks, factor_module, fused_layout
 
 
@@ -40,15 +40,15 @@ class Job:
         return whole if self.layout is None else self.layout.split(whole, 0)[self.matrix.part]
 
 
-def jobs_of(reader: TensorReader, family: Family, config: PreTrainedConfig) -> list[Job]:
+def jobs_of(reader: TensorReader, config: PreTrainedConfig) -> list[Job]:
     """All matrices of a model in order, with the shapes that its files have."""
     jobs = []
-    for layer, matrix, name in matrices_of(family, config.num_hidden_layers):
+    for layer, matrix, name in matrices_of(config):
         stored = reader.shape(f"{name}.weight")
         rows, columns = reversed(stored) if matrix.transposed else stored
         layout = fused_layout(config, name)
         rows = rows if layout is None else layout.size(matrix.part)
-        shape = Shape(f"layer {layer} {matrix.role}", matrix.role, rows, columns)
+        shape = Shape(f"layer {layer} {matrix.key}", matrix.role, rows, columns)
         jobs.append(Job(layer, matrix, name, shape, layout))
     return jobs
 

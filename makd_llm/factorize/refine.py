@@ -88,11 +88,12 @@ def refine_block(
                 output_BTD = walk.step(index, layer, batch, streams[name][number].float())
                 loss = loss + LOSSES[refinement.loss](_rows(output_BTD, batch).float(), target_ND)
             optimizer.zero_grad()
-            (loss / len(used)).backward()
+            if loss.requires_grad:  # else no token came to an expert that learns
+                (loss / len(used)).backward()
             for parameter in learning:
-                assert parameter.grad is not None
-                shared = distributed.sum_over_ranks(parameter.grad)
-                parameter.grad.copy_(shared / distributed.world_size())
+                # Which experts this rank's tokens reach, other ranks cannot know.
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = distributed.sum_over_ranks(own) / distributed.world_size()
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()) / len(used))

@@ -25,11 +25,12 @@ from makd_llm.report.progress import progress
 
 @dataclass(frozen=True)
 class Residuals:
-    """matrix: (layer, role) -> |(W - up down) X| / |W X|; 0 where dense. layer: per layer
-    |h_S - h_T| / |h_T| of its output, each model on its own stream. teacher, student: perplexity.
+    """matrix: (layer, key) -> |(W - up down) X| / |W X|; 0 where dense, None where nothing was
+    measured: an expert that no token came to. layer: per layer |h_S - h_T| / |h_T| of its output,
+    each model on its own stream. teacher, student: perplexity.
     """
 
-    matrix: dict[tuple[int, str], float]
+    matrix: dict[tuple[int, str], float | None]
     layer: list[float]
     teacher: float
     student: float
@@ -42,9 +43,7 @@ def residuals(
     device = distributed.device()
     walk = Walk(teacher, batches, dtype=dtype, device=device)
     low = Walk(student, batches, dtype=dtype, device=device)
-    jobs = jobs_of(walk.reader, walk.family, walk.config)
-    group = group_of(walk.family)
-    firsts = tuple(members[0] for members in walk.family.shared_inputs)
+    jobs = jobs_of(walk.reader, walk.config)
     at_teacher, at_student = walk.embedded(), low.embedded()
     wrong: dict[tuple[int, str], Tensor] = {}
     drift = torch.zeros(len(walk), 2, dtype=torch.float64)
@@ -52,15 +51,19 @@ def residuals(
         for index in range(len(walk)):
             original, layer = walk.layer(index), low.layer(index)
             own = [job for job in jobs if job.layer == index]
-            weights = {j.matrix.role: dense_matrix(walk.reader, j).to(device).double() for j in own}
-            factors = {j.matrix.role: factors_in(layer, j) for j in own}
+            weights = {j.matrix.key: dense_matrix(walk.reader, j).to(device).double() for j in own}
+            factors = {j.matrix.key: factors_in(layer, j) for j in own}
+            matrices = walk.matrices(index)
+            group = group_of(matrices)
+            for key in weights:
+                wrong[index, key] = torch.zeros(2, dtype=torch.float64)
             for number, batch in enumerate(batches):
-                with inputs_of(original, walk.family, firsts) as inputs:
+                with inputs_of(original, matrices, set(group.values()), batch) as inputs:
                     after = walk.step(index, original, batch, at_teacher[number])
-                for role, weight_MK in weights.items():
-                    x_NK = real_rows(inputs[group[role]], batch)
-                    sums = _error(x_NK, weight_MK, factors[role])
-                    wrong[index, role] = wrong.get((index, role), 0.0) + sums
+                for key, weight_MK in weights.items():
+                    if group[key] in inputs:
+                        x_NK = inputs[group[key]].x_NK.double()
+                        wrong[index, key] += _error(x_NK, weight_MK, factors[key])
                 own_after = low.step(index, layer, batch, at_student[number])
                 want_ND, have_ND = real_rows(after, batch), real_rows(own_after, batch)
                 drift[index, 0] += float((have_ND - want_ND).square().sum())
@@ -68,7 +71,8 @@ def residuals(
                 at_teacher[number], at_student[number] = after.to("cpu"), own_after.to("cpu")
             advance()
     drift = distributed.sum_over_ranks(drift)
-    matrix = {key: _ratio(distributed.sum_over_ranks(wrong[key])) for key in sorted(wrong)}
+    summed = {place: distributed.sum_over_ranks(wrong[place]) for place in sorted(wrong)}
+    matrix = {place: _ratio(sums) if bool(sums[1] > 0) else None for place, sums in summed.items()}
     perplexities = (_perplexity(walk, at_teacher), _perplexity(low, at_student))
     return Residuals(matrix, [_ratio(row) for row in drift], *perplexities)
 

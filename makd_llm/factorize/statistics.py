@@ -1,14 +1,16 @@
 """What is gathered of the inputs of a layer's matrices, over real tokens.
 
 Matrices that read the same stream (q k v; gate up) share their inputs and so one statistic, kept
-under the role of the first of them. Products and sums are in float64: in float32 the Cholesky
+under the key of the first of them. An expert reads the tokens that the router sends it, which may
+be none; its statistics are then zero. Products and sums are in float64: in float32 the Cholesky
 factorization that follows fails.
 """
-# N real tokens, K inputs
+# N real tokens, M outputs, K inputs; n rows that a module is given
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,55 +18,91 @@ from torch import Tensor, nn
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.walk import Reached
-from makd_llm.models.families import Family
-
-Inputs = dict[str, Tensor]
-"""Role of the first matrix that reads an input -> that input (B, T, K)."""
+from makd_llm.models.families import Matrix, shared_inputs
+from makd_llm.models.modeling_lowrank import Expert
 
 
-def group_of(family: Family) -> dict[str, str]:
-    """Role -> the role under which its input's statistic is kept."""
-    return {role: group[0] for group in family.shared_inputs for role in group}
+class Read(NamedTuple):
+    """What a matrix has read in one forward. x_NK: its inputs for real tokens. token_N: the places
+    of these tokens in the batch (B T), each at most once.
+    """
+
+    x_NK: Tensor
+    token_N: Tensor
+
+
+Inputs = dict[str, Read]
+"""Key of the first matrix that reads an input -> that input. Without the experts that no token came
+to."""
+
+
+def group_of(matrices: Sequence[Matrix]) -> dict[str, str]:
+    """Key -> the key under which its input's statistic is kept, in one layer."""
+    return {m.key: group[0].key for group in shared_inputs(matrices) for m in group}
+
+
+def read_by(layer: nn.Module, matrix: Matrix, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(N,) each: which of the (n, K) rows that a matrix is given just now stand for real tokens,
+    and the places of these tokens in the batch (B T).
+
+    x: what its module is given, (B, T, K) or (n, K). For hooks: an expert knows its tokens only
+    while it works.
+    """
+    real = batch.token_mask_BT.flatten().to(x.device)
+    owner = layer.get_submodule(matrix.module.rpartition(".")[0])
+    if not isinstance(owner, Expert):
+        token_N = real.nonzero().flatten()
+        return token_N, token_N
+    assert owner.token_n is not None
+    row_N = real[owner.token_n].nonzero().flatten()
+    return row_N, owner.token_n[row_N]
 
 
 @contextmanager
-def inputs_of(layer: nn.Module, family: Family, roles: tuple[str, ...]) -> Iterator[Inputs]:
-    """Inside the `with`, holds what the matrices of these roles read in the layer's last forward.
+def inputs_of(
+    layer: nn.Module,
+    matrices: Sequence[Matrix],
+    keys: Collection[str],
+    batch: Batch,
+    *,
+    only: bool = False,
+) -> Iterator[Inputs]:
+    """Inside the `with`, holds what those matrices of these keys read in the layer's forward.
 
-    The layer may be the teacher's, or a student's whose modules are factored.
+    For one forward of this batch: an expert that no token comes to is absent. The layer may be the
+    teacher's, or a student's whose modules are factored. only: the forward ends (and a walk's step
+    returns) as soon as all of them are known.
     """
     seen: Inputs = {}
 
-    def remember(role: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def remember(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[role] = inputs[0].detach()
+            x = inputs[0].detach()
+            row_N, token_N = read_by(layer, matrix, x, batch)
+            seen[matrix.key] = Read(x.flatten(0, -2)[row_N], token_N)
+            if only and len(seen) == len(keys):
+                raise Reached(x)
 
         return hook
 
     with ExitStack() as stack:
-        for matrix in family.matrices:
-            if matrix.role in roles:
+        for matrix in matrices:
+            if matrix.key in keys:
                 module = layer.get_submodule(matrix.module)
-                handle = module.register_forward_pre_hook(remember(matrix.role))
-                stack.callback(handle.remove)
+                stack.callback(module.register_forward_pre_hook(remember(matrix)).remove)
         yield seen
 
 
-@contextmanager
-def only_input_of(layer: nn.Module, family: Family, role: str) -> Iterator[None]:
-    """Inside the `with`, a walk's step through the layer ends at this matrix and returns its
-    input.
+def paired(one: Read, other: Read) -> tuple[Tensor, Tensor]:
+    """(N, K) each: the rows of two inputs for the tokens that both hold, in the same order.
+
+    Two models may send a token to different experts.
     """
-
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise Reached(inputs[0])
-
-    name = next(matrix.module for matrix in family.matrices if matrix.role == role)
-    handle = layer.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
+    last = max(int(r.token_N.max()) if len(r.token_N) else -1 for r in (one, other))
+    row_of = torch.full((last + 1,), -1, device=other.token_N.device)
+    row_of[other.token_N] = torch.arange(len(other.token_N), device=row_of.device)
+    row_n = row_of[one.token_N]
+    return one.x_NK[row_n >= 0], other.x_NK[row_n[row_n >= 0]]
 
 
 def real_rows(x_BTK: Tensor, batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,7 +140,7 @@ class InputStatistics:
         """Mean |x| per input."""
         return self.sum_abs_K / max(self.tokens, 1)
 
-    def over_ranks(self, layer: int, role: str) -> "InputStatistics":
+    def over_ranks(self, layer: int, key: str) -> "InputStatistics":
         """The sums of all ranks, on every rank. Collective.
 
         Raises ValueError, with the place, where they are not finite.
@@ -114,5 +152,5 @@ class InputStatistics:
             int(distributed.sum_over_ranks(tokens)),
         )
         if not bool(summed.covariance_KK.isfinite().all()):
-            raise ValueError(f"calibration: inputs of layer {layer}, matrix {role} are not finite")
+            raise ValueError(f"calibration: inputs of layer {layer}, matrix {key} are not finite")
         return summed

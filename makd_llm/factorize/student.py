@@ -59,7 +59,6 @@ from makd_llm.factorize.student_stream import (
 )
 from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
-from makd_llm.models.families import family_of
 from makd_llm.models.modeling_lowrank import lowrank_config
 
 
@@ -104,12 +103,14 @@ class Recipe:
 class MatrixReport:
     """What became of one matrix.
 
+    key: its name within its layer; the role, with an expert's number behind it.
     rank: None where it stayed dense. residual: the relative error of the truncation, by the
     method's own measure; for `whitened` that of the outputs on the calibration text.
     """
 
     name: str
     role: str
+    key: str
     layer: int
     rows: int
     columns: int
@@ -167,7 +168,7 @@ class _Work:
         check_target(student)
         self.config = read_config(teacher)
         self.reader = TensorReader(teacher)
-        self.jobs = jobs_of(self.reader, family_of(self.config), self.config)
+        self.jobs = jobs_of(self.reader, self.config)
         self._check_calibration()
         depends_on = {
             "teacher": distributed.on_main(sample_of_folder, teacher),
@@ -229,21 +230,22 @@ class _Work:
             return distributed.on_main(
                 lambda: [self.components.read(part_of(j))["discarded"].tolist() for j in self.jobs]
             )
-        by_key = {(job.layer, job.matrix.role): job for job in self.jobs}
+        by_key = {(job.layer, job.matrix.key): job for job in self.jobs}
+        layers = [job.layer for job in self.jobs]
 
-        @lru_cache(maxsize=len(self.walk.family.matrices))  # a layer's, for all its batches
-        def known_of(layer: int, role: str) -> Known:
-            job = by_key[layer, role]
+        @lru_cache(maxsize=max(map(layers.count, set(layers))))  # a layer's, for all its batches
+        def known_of(layer: int, key: str) -> Known:
+            job = by_key[layer, key]
             part = self.components.read(part_of(job))
             return dense_matrix(self.reader, job), part["down"], part["up"]
 
         part = "sensitivity"
         if self.components.missing([part]):
             found = sensitivity(self.walk, known_of)
-            tensors = {f"{layer}.{role}": rise for (layer, role), rise in found.items()}
+            tensors = {f"{layer}.{key}": rise for (layer, key), rise in found.items()}
             distributed.on_main(self.components.write, part, tensors)
         kept = distributed.on_main(lambda: self.components.read(part))
-        return [kept[f"{job.layer}.{job.matrix.role}"].tolist() for job in self.jobs]
+        return [kept[f"{job.layer}.{job.matrix.key}"].tolist() for job in self.jobs]
 
     def _decompose(self) -> None:
         """The components of every matrix that lacks them, by what the method has to know."""
@@ -263,7 +265,7 @@ class _Work:
             weight_MK = dense_matrix(self.reader, job).to(distributed.device())
             if fisher is None:
                 return decompose.svd(weight_MK)
-            return decompose.fwsvd(weight_MK, fisher[job.layer, job.matrix.role])
+            return decompose.fwsvd(weight_MK, fisher[job.layer, job.matrix.key])
 
         decompose_share(self.components, left, components_of)
 
@@ -271,13 +273,10 @@ class _Work:
         """What became of every matrix."""
         found = []
         for job, rank in zip(self.jobs, ranks, strict=True):
-            shape = job.shape
+            shape, key = job.shape, job.matrix.key
             residual = 0.0 if rank is None else self._residual(job, rank)
-            found.append(
-                MatrixReport(
-                    job.name, shape.role, job.layer, shape.rows, shape.columns, rank, residual
-                )
-            )
+            size = (shape.rows, shape.columns)
+            found.append(MatrixReport(job.name, shape.role, key, job.layer, *size, rank, residual))
         return found
 
     def _residual(self, job: Job, rank: int) -> float:

@@ -1,8 +1,8 @@
 """The second walk: the student is built layer by layer beside the teacher, on its own stream.
 
-What an earlier cut has lost is then known to the matrices after it. Inside a layer the groups of
-matrices that share an input follow each other in the order in which they work: q k v, then o on
-what the factored q k v make, and so on.
+What an earlier cut has lost is then known to the matrices after it. Inside a layer the stages
+follow each other in the order in which they work: q k v, then o on what the factored q k v make,
+and so on; in a mixture of experts gate and up of all experts, then down of all of them.
 """
 # M outputs, K inputs, R rank
 
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.factorize import decompose, parallel
-from makd_llm.factorize.calibration import part_of
+from makd_llm.factorize.calibration import part_of, widths_of_inputs
 from makd_llm.factorize.decompose import Factors
 from makd_llm.factorize.matrices import Job, dense_matrix, place
 from makd_llm.factorize.parts import Parts
 from makd_llm.factorize.ranks import Rank
 from makd_llm.factorize.refine import Refinement, refine_block
-from makd_llm.factorize.statistics import only_input_of, real_rows
+from makd_llm.factorize.statistics import group_of, inputs_of, paired
 from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.models.families import stages
 from makd_llm.report.progress import progress
 
 STUDENT_STREAM_METHODS = ("sequential", "refitted")
@@ -30,7 +31,7 @@ STUDENT_STREAM_METHODS = ("sequential", "refitted")
 
 def factors_part(job: Job) -> str:
     """The name under which a matrix's factors are kept."""
-    return f"{job.layer:04d}.{job.matrix.role}.factors"
+    return f"{job.layer:04d}.{job.matrix.key}.factors"
 
 
 def refined_part(layer: int) -> str:
@@ -61,8 +62,9 @@ class StudentStream:
                 original = walk.layer(index)
                 layer = deepcopy(original)
                 after = walk.advanced(index, original, teacher)
-                for group in walk.family.shared_inputs:
-                    members = [(j, r) for j, r in own if j.matrix.role in group]
+                for stage in stages(walk.matrices(index)):
+                    keys = {matrix.key for group in stage for matrix in group}
+                    members = [(j, r) for j, r in own if j.matrix.key in keys]
                     self._place(index, layer, original, members, student, teacher)
                 if self.refinement:
                     self._refine(index, layer, own, student, teacher, after)
@@ -79,18 +81,21 @@ class StudentStream:
         student: Stream,
         teacher: Stream,
     ) -> None:
-        """Factorizes one group of a layer and puts the factors into the student's layer."""
+        """Factorizes one stage of a layer and puts the factors into the student's layer."""
         cut = [(job, rank) for job, rank in members if rank is not None]
         if self.method in STUDENT_STREAM_METHODS:
             missing = set(self.factors.missing([factors_part(job) for job, _ in cut]))
             todo = [(job, rank) for job, rank in cut if factors_part(job) in missing]
             if todo:
-                sums = self._sums(index, layer, original, members[0][0], student, teacher)
+                widths = widths_of_inputs(self.walk.matrices(index), [job for job, _ in todo])
+                sums = self._sums(index, layer, original, widths, student, teacher)
+                group = group_of(self.walk.matrices(index))
                 costs = [
                     parallel.decomposition_cost(j.shape.rows, j.shape.columns) for j, _ in todo
                 ]
                 for number in parallel.mine(costs):
-                    self._factorize(*todo[number], sums)
+                    job, rank = todo[number]
+                    self._factorize(job, rank, sums[group[job.matrix.key]])
                 distributed.barrier()
         anew = self.method in STUDENT_STREAM_METHODS
         parts = self.factors if anew else self.components
@@ -107,30 +112,44 @@ class StudentStream:
         index: int,
         layer: nn.Module,
         original: nn.Module,
-        first: Job,
+        widths: dict[str, int],
         student: Stream,
         teacher: Stream,
-    ) -> dict[str, Tensor]:
-        """X' X'^T of the student's inputs and, for refitting, X X'^T and X X^T; over all ranks."""
-        walk, role = self.walk, first.matrix.role
-        width = first.shape.columns
-        names = ("student", "cross", "teacher") if self.method == "refitted" else ("student",)
+    ) -> dict[str, dict[str, Tensor]]:
+        """Per input X' X'^T of the student's and, for refitting, X X'^T and X X^T with the
+        teacher's, over the tokens that come to the matrix in both; over all ranks.
+
+        widths: of the inputs, by key.
+        """
+        walk, refitted = self.walk, self.method == "refitted"
+        matrices, keys = walk.matrices(index), widths.keys()
+        names = ("student", "cross", "teacher") if refitted else ("student",)
         sums = {
-            n: torch.zeros(width, width, dtype=torch.float64, device=walk.device) for n in names
+            key: {
+                n: torch.zeros(width, width, dtype=torch.float64, device=walk.device) for n in names
+            }
+            for key, width in widths.items()
         }
-        with (
-            torch.no_grad(),
-            only_input_of(layer, walk.family, role),
-            only_input_of(original, walk.family, role),
-        ):
+        with torch.no_grad():
             for batch, before, teachers in zip(walk.batches, student, teacher, strict=True):
-                x_NK = real_rows(walk.step(index, layer, batch, before), batch)
-                sums["student"].addmm_(x_NK.T, x_NK)
-                if self.method == "refitted":
-                    target_NK = real_rows(walk.step(index, original, batch, teachers), batch)
-                    sums["cross"].addmm_(target_NK.T, x_NK)
-                    sums["teacher"].addmm_(target_NK.T, target_NK)
-        return {name: distributed.sum_over_ranks(total) for name, total in sums.items()}
+                with inputs_of(layer, matrices, keys, batch, only=True) as seen:
+                    walk.step(index, layer, batch, before)
+                if not refitted:
+                    for key, read in seen.items():
+                        x_NK = read.x_NK.double()
+                        sums[key]["student"].addmm_(x_NK.T, x_NK)
+                    continue
+                with inputs_of(original, matrices, keys, batch, only=True) as targets:
+                    walk.step(index, original, batch, teachers)
+                for key in seen.keys() & targets.keys():
+                    x_NK, target_NK = (x.double() for x in paired(seen[key], targets[key]))
+                    sums[key]["student"].addmm_(x_NK.T, x_NK)
+                    sums[key]["cross"].addmm_(target_NK.T, x_NK)
+                    sums[key]["teacher"].addmm_(target_NK.T, target_NK)
+        return {
+            key: {n: distributed.sum_over_ranks(total) for n, total in own.items()}
+            for key, own in sums.items()
+        }
 
     def _factorize(self, job: Job, rank: int, sums: dict[str, Tensor]) -> None:
         weight_MK = dense_matrix(self.walk.reader, job).to(self.walk.device)

@@ -9,7 +9,7 @@ layers stand in for the teacher's) is none either.
 How an architecture feeds its layers (rotary angles, masks of sliding windows, positions) is left to
 its own backbone: the backbone runs for every batch and layer with slots in place of its layers, of
 which one does the work and the others hand on what they get. An embedding lookup is what that
-costs.
+costs. Experts have modules of their own here, also a teacher's.
 """
 # B batch, T tokens, D width
 
@@ -30,8 +30,8 @@ from makd_llm.checkpoint.folder import TensorReader, read_config
 from makd_llm.data.batch import Batch
 from makd_llm.errors import UserError
 from makd_llm.models.capture import attention_of
-from makd_llm.models.families import family_of
-from makd_llm.models.modeling_lowrank import model_class_for
+from makd_llm.models.families import Matrix, family_of
+from makd_llm.models.modeling_lowrank import model_class_for, unstack_experts
 
 Stream = list[Tensor]
 """Hidden states (B, T, D) of every batch between two layers, on the CPU."""
@@ -58,6 +58,7 @@ class Walk:
             model = model_class_for(self.config)._from_config(
                 self.config, dtype=dtype, attn_implementation=attention_of(self.config)
             )
+            unstack_experts(model)
         model.eval()
         layers: nn.ModuleList = model.get_submodule(self.family.layers)
         self._layers = list(layers)
@@ -71,6 +72,10 @@ class Walk:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def matrices(self, index: int) -> tuple[Matrix, ...]:
+        """The matrices of a layer."""
+        return self.family.matrices(self.config, index)
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Gives the module's parameters, which have no storage yet, the folder's values."""

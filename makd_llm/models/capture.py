@@ -80,7 +80,7 @@ def capture(
             stack.callback(layers[index].register_forward_hook(hook).remove)
         for index in sorted(needs.attention):
             _listen_to_attention(layers[index], shown, index, stack)
-        for index, matrices in _by_module(family, needs):
+        for index, matrices in _by_module(family, model.config, needs):  # type: ignore[arg-type]
             module = layers[index].get_submodule(matrices[0].module)
             hook = (
                 _replay_hook(shown, part, index, matrices, replay)
@@ -109,12 +109,14 @@ def _listen_to_attention(layer: nn.Module, shown: Shown, index: int, stack: Exit
             stack.callback(delattr, module, _RECORDER)
 
 
-def _by_module(family: Family, needs: Needs) -> list[tuple[int, list[Matrix]]]:
+def _by_module(
+    family: Family, config: PreTrainedConfig, needs: Needs
+) -> list[tuple[int, list[Matrix]]]:
     """The asked matrices, those that share a fused module together."""
     groups: dict[tuple[int, str], list[Matrix]] = {}
-    for index, role in sorted(needs.matrix):
-        for matrix in family.matrices:
-            if matrix.role == role:
+    for index, key in sorted(needs.matrix):
+        for matrix in family.matrices(config, index):
+            if matrix.key == key:
                 groups.setdefault((index, matrix.module), []).append(matrix)
     return [(index, matrices) for (index, _), matrices in groups.items()]
 
@@ -142,9 +144,9 @@ def _matrix_hook(
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         for matrix in matrices:
-            shown.matrix[index, matrix.role] = part.of_output(matrix, output)
+            shown.matrix[index, matrix.key] = part.of_output(matrix, output)
             if with_input:
-                shown.matrix_input[index, matrix.role] = part.of_input(args[0])
+                shown.matrix_input[index, matrix.key] = part.of_input(args[0])
 
     return hook
 
@@ -164,10 +166,10 @@ def _replay_hook(
             return
         replaying = True
         try:
-            again = module(replay[index, matrices[0].role])
+            again = module(replay[index, matrices[0].key])
         finally:
             replaying = False
         for matrix in matrices:
-            shown.matrix[index, matrix.role] = part.of_output(matrix, again)
+            shown.matrix[index, matrix.key] = part.of_output(matrix, again)
 
     return hook

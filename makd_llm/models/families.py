@@ -6,6 +6,13 @@ feed-forward part `gate` and `up` read the normed stream and `down` brings their
 architecture has these roles and names them in its own way. GPT-2 differs most: it stores q, k and v
 fused in one matrix, keeps every matrix transposed (in, out), and has no gate.
 
+A mixture of experts has `gate up down` once per expert. What a layer is made of then depends on the
+config and on which layer it is, so a family gives the matrices of one layer of one model, and what
+tells them apart within it is their `key`: the role, and for an expert its number behind it
+(`gate.3`; `gate.shared` for the expert that every token goes through). transformers keeps a layer's
+experts stacked in two tensors; here they have modules of their own, `mlp.experts.3.gate_proj`, as
+`modeling_lowrank.unstack_experts` makes them. The router stays as it is: none of the matrices.
+
 `FAMILIES` is the table; everything that factorizes, captures or counts matrices reads it. SmolLM2
 and most other Llama-likes carry the model type `llama`. A low-rank student of ours belongs to the
 family of its teacher: `makd_llama` is looked up as `llama`.
@@ -19,10 +26,14 @@ from typing import TYPE_CHECKING
 from makd_llm.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedConfig
 
 STUDENT_PREFIX = "makd_"
+SHARED = "shared"
+_ATTENTION = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,13 @@ class Matrix:
     """One matrix of a decoder layer.
 
     Attributes:
-        role: one of q, k, v, o, gate, up, down.
+        role: one of q, k, v, o, gate, up, down: what budgets and tables go by.
         module: dotted path of the module that stores it, relative to the decoder layer.
         part, parts: the matrix is the `part`-th of `parts` that the module holds side by side, or
             head by head (`modeling_lowrank.fused_layout`).
         transposed: the module stores its weight as (in, out), as GPT-2's Conv1D does, instead of
             (out, in).
+        expert: the expert that it belongs to: its number, SHARED, or "" where there are none.
     """
 
     role: str
@@ -43,6 +55,12 @@ class Matrix:
     part: int = 0
     parts: int = 1
     transposed: bool = False
+    expert: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name within its layer: statistics and files go by it."""
+        return f"{self.role}.{self.expert}" if self.expert else self.role
 
 
 @dataclass(frozen=True)
@@ -52,26 +70,69 @@ class Family:
     Attributes:
         model_type: transformers' name of the architecture.
         causal_lm: name of the causal language model class in transformers.
-        matrices: the matrices of one decoder layer.
+        dense: the matrices of a decoder layer without experts.
         layers, backbone, head: dotted paths of the decoder layers, of the model without its head,
             and of the output projection, relative to the causal language model.
+        experts: layers may have a mixture of experts in the place of the feed-forward matrices.
+        shared_expert: such a layer has one more expert, which every token goes through.
     """
 
     model_type: str
     causal_lm: str
-    matrices: tuple[Matrix, ...]
+    dense: tuple[Matrix, ...]
     layers: str = "model.layers"
     backbone: str = "model"
     head: str = "lm_head"
+    experts: bool = False
+    shared_expert: bool = False
 
     @property
-    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of roles that read the same input, so that one calibration statistic (and one
-        packed product) serves the group; in the order in which they work.
-        """
-        roles = {matrix.role for matrix in self.matrices}
-        groups = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-        return tuple(tuple(role for role in group if role in roles) for group in groups)
+    def roles(self) -> tuple[str, ...]:
+        """The roles that its matrices have, whatever the layer."""
+        return tuple(matrix.role for matrix in self.dense)
+
+    def matrices(self, config: PreTrainedConfig, layer: int) -> tuple[Matrix, ...]:
+        """The matrices of one decoder layer of a model."""
+        count = n_experts(config, layer) if self.experts else 0
+        if count == 0:
+            return self.dense
+        attention = tuple(m for m in self.dense if m.role in _ATTENTION)
+        experts = [_expert(f"mlp.experts.{number}", str(number)) for number in range(count)]
+        if self.shared_expert:
+            experts.append(_expert("mlp.shared_expert", SHARED))
+        return attention + tuple(matrix for expert in experts for matrix in expert)
+
+
+def n_experts(config: PreTrainedConfig, layer: int) -> int:
+    """How many experts the router of a layer chooses from; 0: the layer is dense.
+
+    The Qwen families may make some layers dense: those listed in `mlp_only_layers`, and all but
+    every `decoder_sparse_step`-th.
+    """
+    listed = layer in (getattr(config, "mlp_only_layers", None) or ())
+    between = (layer + 1) % getattr(config, "decoder_sparse_step", 1) != 0
+    return 0 if listed or between else int(config.num_experts)
+
+
+def stages(matrices: Sequence[Matrix]) -> list[list[tuple[Matrix, ...]]]:
+    """The groups of a layer's matrices that read the same input, in the order in which they work.
+
+    One calibration statistic (and one packed product) serves a group. A stage holds the groups that
+    work side by side on what the stage before has made: one, or one per expert.
+    """
+    found = []
+    for roles in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+        groups: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            if matrix.role in roles:
+                groups.setdefault(matrix.expert, []).append(matrix)
+        found.append([tuple(group) for group in groups.values()])
+    return found
+
+
+def shared_inputs(matrices: Sequence[Matrix]) -> list[tuple[Matrix, ...]]:
+    """The groups of all stages, one after another."""
+    return [group for stage in stages(matrices) for group in stage]
 
 
 _LLAMA_MATRICES = (
@@ -123,6 +184,12 @@ def _fused_by_head(attention: str) -> tuple[Matrix, ...]:
     )
 
 
+def _expert(module: str, expert: str) -> tuple[Matrix, ...]:
+    return tuple(
+        Matrix(role, f"{module}.{role}_proj", expert=expert) for role in ("gate", "up", "down")
+    )
+
+
 _KNOWN = (
     Family("llama", "LlamaForCausalLM", _LLAMA_MATRICES),
     Family("qwen2", "Qwen2ForCausalLM", _LLAMA_MATRICES),
@@ -155,14 +222,20 @@ _KNOWN = (
         layers="transformer.h",
         backbone="transformer",
     ),
+    Family("mixtral", "MixtralForCausalLM", _LLAMA_MATRICES, experts=True),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _LLAMA_MATRICES, experts=True, shared_expert=True),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _LLAMA_MATRICES, experts=True),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _KNOWN}
 
-# What a config may ask for that is not built at all, and what only the objectives do not model.
-_NOT_BUILT = {
+# What a config may ask for: experts, which some families have and no objective models yet; what is
+# not built at all; and what else the objectives do not model.
+_EXPERTS = {
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
+}
+_NOT_BUILT = {
     "add_cross_attention": "cross-attention",
     "use_bidirectional_attention": "bidirectional attention",
 }
@@ -179,8 +252,9 @@ def family_of(config: PreTrainedConfig) -> Family:
         UserError: the architecture is unknown, or the config asks for something that is not built.
     """
     known = ", ".join(FAMILIES)
-    _refuse(config, _NOT_BUILT, f"choose a dense decoder of one of these model types: {known}")
     family = FAMILIES.get(config.model_type.removeprefix(STUDENT_PREFIX))
+    refused = _NOT_BUILT if family is not None and family.experts else _EXPERTS | _NOT_BUILT
+    _refuse(config, refused, f"choose a decoder of one of these model types: {known}")
     if family is None:
         raise UserError(
             f"model_type {config.model_type!r} is not supported; "
@@ -191,7 +265,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def check_distillable(config: PreTrainedConfig) -> None:
     """Raises UserError for what can be factorized, but what no objective models yet."""
-    _refuse(config, _NOT_DISTILLED, "makd factorize takes it, distillation does not")
+    advice = "makd factorize takes it, distillation does not"
+    _refuse(config, _EXPERTS | _NOT_DISTILLED, advice)
 
 
 def _refuse(config: PreTrainedConfig, fields: dict[str, str], advice: str) -> None:
@@ -204,12 +279,17 @@ def _refuse(config: PreTrainedConfig, fields: dict[str, str], advice: str) -> No
             )
 
 
-def matrices_of(family: Family, n_layers: int) -> list[tuple[int, Matrix, str]]:
-    """All matrices of a model in order: (layer index, matrix, full module name)."""
+def matrices_of(config: PreTrainedConfig) -> list[tuple[int, Matrix, str]]:
+    """All matrices of a model in order: (layer index, matrix, full module name).
+
+    Raises:
+        UserError: as `family_of`.
+    """
+    family = family_of(config)
     return [
         (layer, matrix, f"{family.layers}.{layer}.{matrix.module}")
-        for layer in range(n_layers)
-        for matrix in family.matrices
+        for layer in range(config.num_hidden_layers)
+        for matrix in family.matrices(config, layer)
     ]
 
 

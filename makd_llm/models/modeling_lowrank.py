@@ -7,9 +7,12 @@ by such pairs; the config's `lowrank` says which, and with what rank:
 
     {"model.layers.0.self_attn.q_proj": 96, ...}        one matrix per module
     {"transformer.h.0.attn.c_attn": [64, 64, 96], ...}  q, k, v fused in one module, as in GPT-2
+    {"model.layers.0.mlp.experts.3.gate_proj": 64, ...} one matrix of one expert
 
 A module that is absent from it stays dense, and so does a part of a fused one whose rank is null.
-Attention, caches, generation, checkpointing and tied embeddings are transformers' own.
+transformers keeps the experts of a layer stacked in two tensors; here every expert has modules of
+its own (`Experts`), dense or factored. Attention, routers, caches, generation, checkpointing and
+tied embeddings are transformers' own.
 
 This file travels with an exported model: `save_pretrained` puts a copy beside the weights, and
 `trust_remote_code=True` runs that copy where our package is not installed. It therefore imports
@@ -17,11 +20,11 @@ torch and transformers and nothing else. In our package, importing it makes the 
 these models.
 """
 
-# Shapes: M outputs, K inputs, R rank.
+# Shapes: M outputs, K inputs, R rank; N tokens, D width, n tokens of one expert, C its choices.
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     OPTConfig,
@@ -53,10 +58,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers import initialization as init
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 Ranks = int | list[int | None]  # of one matrix, or of the parts of a fused one; None: dense
@@ -201,6 +213,67 @@ class LowRankParts(nn.Module):
         return self.layout.join([part(x) for part in self.parts])
 
 
+class Expert(nn.Module):
+    """down (act(gate x) * up x), each a module of its own.
+
+    token_n: while the expert works, the places among its layer's tokens (B T) of the rows that it
+    is given; for whoever listens to its modules.
+    """
+
+    def __init__(self, width: int, inner: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = activation
+        self.token_n: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, D) to (n, D)."""
+        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, one after another; the router before them is transformers' own."""
+
+    def __init__(self, stacked: Any) -> None:
+        """As many as the stacked module of transformers has, with fresh weights."""
+        count, width, inner = stacked.num_experts, stacked.hidden_dim, stacked.intermediate_dim
+        super().__init__(Expert(width, inner, stacked.act_fn) for _ in range(count))
+
+    def forward(
+        self, hidden_ND: torch.Tensor, chosen_NC: torch.Tensor, weight_NC: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, D) to (N, D): the sum of each token's chosen experts, weighted.
+
+        Summed in the order of transformers' own experts, by number. A token chooses an expert once.
+        """
+        total_ND = torch.zeros_like(hidden_ND)
+        for number in chosen_NC.unique().tolist():
+            choice_n, token_n = chosen_NC.T.eq(number).nonzero(as_tuple=True)
+            expert = self[number]
+            expert.token_n = token_n
+            try:
+                out_nD = expert(hidden_ND[token_n])
+            finally:
+                expert.token_n = None
+            out_nD = out_nD * weight_NC[token_n, choice_n, None]
+            total_ND.index_add_(0, token_n, out_nD.to(total_ND.dtype))
+        return total_ND
+
+
+_STACKED = (MixtralExperts, Qwen2MoeExperts, Qwen3MoeExperts)
+
+
+def unstack_experts(model: nn.Module) -> None:
+    """Replaces stacked experts by `Experts`, in place; their weights are fresh ones."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _STACKED):
+                setattr(parent, name, Experts(child))
+
+
 def multiply_factors(up_MR: torch.Tensor, down_RK: torch.Tensor) -> torch.Tensor:
     """up @ down, (M, K), in fp32, or in float64 where the factors are."""
     dtype = torch.promote_types(up_MR.dtype, torch.float32)
@@ -212,6 +285,7 @@ class _LowRankConfig(PreTrainedConfig):
 
     lowrank: dict[str, Ranks] | None = None  # None: every module is dense
     _auto_class = "AutoConfig"  # so that saving copies this file
+    base_model_ep_plan: ClassVar[Any] = None  # a plan for stacked experts
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -220,12 +294,15 @@ class _LowRankConfig(PreTrainedConfig):
 
 
 class _LowRankCausalLM(PreTrainedModel):
-    """Put before a causal language model class: swaps the modules that the config names."""
+    """Put before a causal language model class: unstacks experts, and swaps the modules that the
+    config names.
+    """
 
     _auto_class = "AutoModelForCausalLM"  # so that saving copies this file
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        unstack_experts(self)
         for name, ranks in (config.lowrank or {}).items():
             factor_module(self, name, ranks, fused_layout(config, name))
         # Under deepspeed.zero.Init parameters refer to themselves: without this, the shards of the
@@ -355,6 +432,30 @@ class LowRankOlmo2ForCausalLM(_LowRankCausalLM, Olmo2ForCausalLM):
     config_class = LowRankOlmo2Config
 
 
+class LowRankMixtralConfig(_LowRankConfig, MixtralConfig):
+    model_type = "makd_mixtral"
+
+
+class LowRankMixtralForCausalLM(_LowRankCausalLM, MixtralForCausalLM):
+    config_class = LowRankMixtralConfig
+
+
+class LowRankQwen2MoeConfig(_LowRankConfig, Qwen2MoeConfig):
+    model_type = "makd_qwen2_moe"
+
+
+class LowRankQwen2MoeForCausalLM(_LowRankCausalLM, Qwen2MoeForCausalLM):
+    config_class = LowRankQwen2MoeConfig
+
+
+class LowRankQwen3MoeConfig(_LowRankConfig, Qwen3MoeConfig):
+    model_type = "makd_qwen3_moe"
+
+
+class LowRankQwen3MoeForCausalLM(_LowRankCausalLM, Qwen3MoeForCausalLM):
+    config_class = LowRankQwen3MoeConfig
+
+
 class LowRankOPTConfig(_LowRankConfig, OPTConfig):
     model_type = "makd_opt"
 
@@ -411,6 +512,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, LowRankGemma2Config, LowRankGemma2ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM, LowRankPhi3Config, LowRankPhi3ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, LowRankOlmo2Config, LowRankOlmo2ForCausalLM),
+    "mixtral": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        LowRankMixtralConfig,
+        LowRankMixtralForCausalLM,
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        LowRankQwen2MoeConfig,
+        LowRankQwen2MoeForCausalLM,
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        LowRankQwen3MoeConfig,
+        LowRankQwen3MoeForCausalLM,
+    ),
     "opt": (OPTConfig, OPTForCausalLM, LowRankOPTConfig, LowRankOPTForCausalLM),
     "gpt_neox": (
         GPTNeoXConfig,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from makd_llm.models.families import family_of
+from makd_llm.models.families import family_of, shared_inputs
 from makd_llm.models.modeling_lowrank import LowRankLinear, LowRankParts
 
 Product = LowRankLinear | nn.Linear
@@ -57,13 +57,14 @@ def pack(model: PreTrainedModel, *, rows: int = 1, call: float | None = None) ->
     layers = cast(nn.ModuleList, model.get_submodule(family.layers))
     if call is None:
         weight = next(model.parameters())
-        shapes = _shapes(layers[0], dict.fromkeys(m.module for m in family.matrices))
+        shapes = _shapes(layers[0], [m.module for m in family.matrices(model.config, 0)])
         call = numbers_per_call(shapes, weight.device, weight.dtype, rows)
     total = Packing(0, 0, 0)
-    for layer in layers:
-        for roles in family.shared_inputs:
-            names = dict.fromkeys(m.module for m in family.matrices if m.role in roles)
-            found = _pack_group(layer, list(names), call)
+    for index, layer in enumerate(layers):
+        there = dict(layer.named_modules())  # without experts that transformers keeps stacked
+        for group in shared_inputs(family.matrices(model.config, index)):
+            names = dict.fromkeys(m.module for m in group if m.module in there)
+            found = _pack_group(layer, list(names), call) if names else Packing(0, 0, 0)
             total = Packing(*(a + b for a, b in zip(total, found, strict=True)))
     return total
 
@@ -184,8 +185,9 @@ def numbers_per_call(
 
 def _shapes(layer: nn.Module, names: Iterable[str]) -> Iterator[Shape]:
     """Of the products of a layer's matrices, factored and dense."""
+    there = dict(layer.named_modules())
     for name in names:
-        module = layer.get_submodule(name)
+        module = there.get(name)
         for member in module.parts if isinstance(module, LowRankParts) else [module]:
             if isinstance(member, LowRankLinear):
                 yield member.rank, member.in_features

@@ -8,7 +8,8 @@ from makd_llm.report.table import kept_share, steps_of
 
 
 def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
-    """Writes heat maps, layer by role, of the share kept and of the residual, as a PNG.
+    """Writes heat maps, layer by role, of the share kept and of the residual, as a PNG; of a
+    layer's experts the mean.
 
     The residual is that on held-out text where it was measured, else what calibration predicts.
     Beside them, where measured, how far the layers' outputs have come from the teacher's.
@@ -28,9 +29,14 @@ def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
         1, 3 if held_out else 2, figsize=(12, 1.5 + 0.22 * n_layers), layout="constrained"
     )
     for axis, (title, values) in zip(axes, panels.items(), strict=False):
-        cells = np.full((n_layers, len(roles)), np.nan)
+        found: dict[tuple[int, int], list[float]] = {}
         for matrix, value in zip(matrices, values, strict=True):
-            cells[matrix["layer"], roles.index(matrix["role"])] = value
+            if value is not None:
+                place = (matrix["layer"], roles.index(matrix["role"]))
+                found.setdefault(place, []).append(value)
+        cells = np.full((n_layers, len(roles)), np.nan)
+        for place, of_experts in found.items():
+            cells[place] = np.mean(of_experts)
         image = axis.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
         axis.set(title=title, ylabel="layer", xticks=range(len(roles)), xticklabels=roles)
         figure.colorbar(image, ax=axis)

@@ -80,7 +80,7 @@ def factorization_table(report: Mapping[str, Any]) -> Table:
             role,
             str(len(those)),
             str(len(those) - len(ranks)),
-            f"{those[0]['rows']} x {those[0]['columns']}",
+            ", ".join(dict.fromkeys(f"{m['rows']} x {m['columns']}" for m in those)),
             _range(ranks),
             f"{min(residuals):.3f}",
             f"{sum(residuals) / len(residuals):.3f}",
@@ -88,7 +88,8 @@ def factorization_table(report: Mapping[str, Any]) -> Table:
         ]
         if held_out:
             measured = [held_out["matrix_residuals"][i] for i in places]
-            cells.append(f"{sum(measured) / len(measured):.3f}")
+            measured = [residual for residual in measured if residual is not None]
+            cells.append(f"{sum(measured) / len(measured):.3f}" if measured else "-")
         table.add_row(*cells)
     return table
 
@@ -133,10 +134,15 @@ def stages_table(stages: Mapping[str, float]) -> Table:
 
 
 def rank_table(report: Mapping[str, Any]) -> Table:
-    """The rank of every matrix, a row for each layer; the colour says what share of it is kept."""
+    """The rank of every matrix, a row for each layer; the colour says what share of it is kept.
+    Experts of a layer stand together: from the least rank to the largest.
+    """
     matrices = report["matrices"]
     roles = list(dict.fromkeys(m["role"] for m in matrices))
-    cells = {(m["layer"], m["role"]): _rank_cell(m) for m in matrices}
+    places: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for matrix in matrices:
+        places.setdefault((matrix["layer"], matrix["role"]), []).append(matrix)
+    cells = {place: _rank_cell(those) for place, those in places.items()}
     table = Table(title="ranks (dense: -)", caption="kept: red little, blue much")
     for column in ("layer", *roles):
         table.add_column(column, justify="right")
@@ -145,10 +151,10 @@ def rank_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _rank_cell(matrix: Mapping[str, Any]) -> str:
-    share = kept_share(matrix)
+def _rank_cell(matrices: Sequence[Mapping[str, Any]]) -> str:
+    share = sum(kept_share(matrix) for matrix in matrices) / len(matrices)
     blue = round(255 * share)
-    rank = "-" if matrix["rank"] is None else str(matrix["rank"])
+    rank = _range([matrix["rank"] for matrix in matrices if matrix["rank"] is not None])
     return f"[white on rgb({255 - blue},60,{blue})] {rank:>4} [/]"
 
 

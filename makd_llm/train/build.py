@@ -97,8 +97,7 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
     terms: dict[str, Term] = {}
     if asked.matrix.weight > 0:
         layers = _layers(asked.matrix.layers, split, n_layers, "matrix")
-        known = {matrix.role for matrix in family.matrices}
-        roles = [role for role in asked.matrix.roles if role in known]
+        roles = [role for role in asked.matrix.roles if role in family.roles]
         if layers and roles:
             terms["matrix"] = matrix_term(
                 layers,

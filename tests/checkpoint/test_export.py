@@ -22,16 +22,17 @@ from transformers import (
 from makd_llm.checkpoint.export import (
     ParameterCount,
     count_parameters,
+    counts_of_folders,
     expected_shapes,
     merge,
+    rewrite,
     write_model,
 )
 from makd_llm.checkpoint.folder import TensorReader, TensorWriter, read_config, write_config
 from makd_llm.errors import UserError
 from makd_llm.models.families import FAMILIES, family_of, matrices_of, part_of
 from makd_llm.models.modeling_lowrank import lowrank_config, model_class_for
-from makd_llm.testing import TINY_LAYERS as LAYERS
-from makd_llm.testing import tiny_config
+from makd_llm.testing import tiny_config, unstacked
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 TIED = ("qwen2", "gemma", "gemma3_text", "gpt2")
@@ -51,10 +52,10 @@ def tiny_teacher(model_type: str) -> Any:
 
 def factored(teacher: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Ranks, and a student's tensors whose factors multiply out to the teacher's matrices."""
-    dense = teacher.state_dict()
+    dense = unstacked(teacher).state_dict()
     tensors = dict(dense)
     ranks: dict[str, Any] = {}
-    for _, matrix, name in matrices_of(family_of(teacher.config), LAYERS):
+    for _, matrix, name in matrices_of(teacher.config):
         weight = dense[f"{name}.weight"]
         weight_MK = part_of(teacher.config, matrix, weight.T if matrix.transposed else weight, 0)
         u, s, vh = torch.linalg.svd(weight_MK.double(), full_matrices=False)
@@ -237,6 +238,39 @@ def test_merged_in_another_dtype(exported: Path, tmp_path: Path) -> None:
     assert read_config(tmp_path / "merged").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_folder_is_rewritten_as_it_is(exported: Path, model_type: str, tmp_path: Path) -> None:
+    for kind in ("teacher", "student"):
+        rewrite(exported / model_type / kind, tmp_path / kind)
+        source, target = (TensorReader(at / kind) for at in (exported / model_type, tmp_path))
+        assert source.names() == target.names()
+        assert all(torch.equal(source.get(name), target.get(name)) for name in source.names())
+        model, info = load_with_info(tmp_path / kind)
+        assert not any(info.values()), info
+        expected = torch.load(exported / model_type / "logits.pt")
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stacked_experts_are_rewritten_under_the_names_of_the_hub(tmp_path: Path) -> None:
+    teacher = tiny_teacher("mixtral")
+    with TensorWriter(tmp_path / "stacked") as writer:
+        write_config(writer.staging, teacher.config)
+        for name, tensor in teacher.state_dict().items():
+            writer.add(name, tensor)
+    counts = counts_of_folders({"stacked": tmp_path / "stacked"})
+    rewrite(tmp_path / "stacked", tmp_path / "hub", dtype=torch.bfloat16)
+    assert counts == counts_of_folders({"stacked": tmp_path / "hub"})
+    names = TensorReader(tmp_path / "hub").names()
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in names
+    assert "model.layers.0.block_sparse_moe.gate.weight" in names
+    model, info = load_with_info(tmp_path / "hub")
+    assert not any(info.values()), info
+    assert torch.equal(
+        model.model.layers[0].mlp.experts.gate_up_proj,
+        teacher.model.layers[0].mlp.experts.gate_up_proj.bfloat16(),
+    )
+
+
 def test_a_product_of_half_precision_factors_is_rounded_once(tmp_path: Path) -> None:
     teacher = tiny_teacher("llama").bfloat16()
     ranks, tensors = factored(teacher)
@@ -268,8 +302,9 @@ def test_parameters_are_counted_from_the_files(exported: Path, model_type: str) 
         config = read_config(folder)
         family = family_of(config)
         model, _ = load_with_info(folder)
+        model = unstacked(model)
         layers = model.get_submodule(family.layers)
-        matrices = [model.get_submodule(name) for _, _, name in matrices_of(family, LAYERS)]
+        matrices = [model.get_submodule(name) for _, _, name in matrices_of(config)]
         factorized = {
             id(parameter): parameter.numel()
             for module in matrices

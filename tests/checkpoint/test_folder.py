@@ -18,6 +18,7 @@ from transformers import (
 
 from makd_llm.checkpoint.folder import TensorReader, TensorWriter, read_config, write_config
 from makd_llm.errors import UserError
+from makd_llm.testing import tiny_config, unstacked
 
 
 @pytest.fixture
@@ -167,6 +168,36 @@ def test_names_with_and_without_the_backbones_prefix(tmp_path: Path) -> None:
     assert reader.shape(name) == (8, 24)
     with pytest.raises(UserError, match=r"other\.h\.0"):
         reader.resolve("other.h.0.attn.c_attn.weight", "transformer")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "stacked"])
+def test_experts_by_their_own_names_whatever_the_files_call_them(kind: str, tmp_path: Path) -> None:
+    model_type = "mixtral" if kind == "stacked" else kind
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    if kind == "stacked":
+        with TensorWriter(tmp_path / "model") as writer:
+            for name, tensor in model.state_dict().items():
+                writer.add(name, tensor)
+    else:
+        model.save_pretrained(tmp_path / "model")
+    reader = TensorReader(tmp_path / "model")
+    own = unstacked(model)
+    block = "model.layers.1.mlp"
+    in_file = {
+        "mixtral": "model.layers.1.block_sparse_moe.experts.3.w3.weight",
+        "qwen3_moe": f"{block}.experts.3.up_proj.weight",
+        "stacked": f"{block}.experts.gate_up_proj",
+    }
+    assert reader.resolve(f"{block}.experts.3.up_proj.weight") == in_file[kind]
+    for name, tensor in own.state_dict().items():
+        assert name in reader
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert torch.equal(reader.get(name), tensor), name
+    if kind == "stacked":  # a stored stack may also be asked for whole
+        assert torch.equal(reader.get(in_file[kind]), model.get_parameter(in_file[kind]))
+    assert f"{block}.experts.9.up_proj.weight" not in reader
+    assert f"{block}.experts.9.down_proj.weight" not in reader
 
 
 def damage(folder: Path, how: str) -> Path:

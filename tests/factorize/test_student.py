@@ -19,10 +19,11 @@ from makd_llm.factorize import calibration, student
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
-from makd_llm.models.families import FAMILIES, family_of
+from makd_llm.models.families import FAMILIES, family_of, matrices_of
 from makd_llm.models.modeling_lowrank import model_class_for
 from makd_llm.testing import run_on_ranks, tiny_config
 
+EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
 METHODS = ["svd", "fwsvd", "asvd", "whitened", "fisher", "sequential", "refitted"]
 
 
@@ -71,7 +72,7 @@ def test_every_family_keeps_the_budget_and_can_be_loaded(
         for f, c in ((teacher, read_config(teacher)), (tmp_path / "student", config))
     ]
     assert 0.45 * counts[0] < counts[1] <= 0.5 * counts[0]
-    assert len(reports) == 2 * len(family_of(config).matrices)
+    assert len(reports) == len(matrices_of(config))
     assert all(0 < r.residual < 1 for r in reports if r.rank is not None)
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "student", output_loading_info=True
@@ -118,9 +119,10 @@ def test_a_matrix_that_gets_no_smaller_stays_dense_also_inside_a_fused_module(
     assert config.lowrank["transformer.h.0.attn.c_attn"][1] is None
 
 
-def test_the_measured_loss_is_the_predicted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", *EXPERTS])
+def test_the_measured_loss_is_the_predicted_one(model_type: str, tmp_path: Path) -> None:
     """The root of the discarded singular values' energy, at every module, to 1e-6 in float64."""
-    teacher = saved_teacher("llama", tmp_path / "teacher", dtype=torch.float64)
+    teacher = saved_teacher(model_type, tmp_path / "teacher", dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     model.save_pretrained(teacher)
     given = calibration_batches()
@@ -130,9 +132,8 @@ def test_the_measured_loss_is_the_predicted_one(tmp_path: Path) -> None:
     )
     measured = residuals(teacher, tmp_path / "student", given, dtype=torch.float64)
     for report in reports:
-        assert measured.matrix[report.layer, report.role] == pytest.approx(
-            report.residual, rel=1e-6
-        )
+        assert measured.matrix[report.layer, report.key] == pytest.approx(report.residual, rel=1e-6)
+    assert model_type == "llama" or any(report.key == "down.3" for report in reports)
 
 
 def test_what_is_known_of_the_stream_helps(tmp_path: Path) -> None:
@@ -311,9 +312,19 @@ def test_inputs_that_are_not_finite_are_named(method: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["whitened", "fwsvd", "refitted"])
-def test_two_ranks_make_the_student_of_one(method: str, tmp_path: Path) -> None:
-    teacher = saved_teacher("llama", tmp_path / "teacher")
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        ("llama", "whitened"),
+        ("llama", "fwsvd"),
+        ("llama", "refitted"),
+        ("mixtral", "whitened"),
+        ("qwen2_moe", "fisher"),
+        ("qwen3_moe", "refitted"),
+    ],
+)
+def test_two_ranks_make_the_student_of_one(model_type: str, method: str, tmp_path: Path) -> None:
+    teacher = saved_teacher(model_type, tmp_path / "teacher")
     cut(teacher, tmp_path / "student-1", method=method)
     on_two_ranks(str(tmp_path), method)
     tensors = [load_file(tmp_path / f"student-{n}" / "model.safetensors") for n in (1, 2)]

@@ -1,6 +1,7 @@
 """A walk sees what the model would see, for every architecture, dense and low-rank."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from makd_llm.errors import UserError
 from makd_llm.factorize.decompose import svd
 from makd_llm.factorize.gradients import row_fisher, sensitivity
 from makd_llm.factorize.matrices import dense_matrix, jobs_of
-from makd_llm.factorize.statistics import InputStatistics, inputs_of, only_input_of, real_rows
+from makd_llm.factorize.statistics import (
+    InputStatistics,
+    Read,
+    inputs_of,
+    paired,
+    read_by,
+    real_rows,
+)
 from makd_llm.factorize.walk import Walk
+from makd_llm.models import families
 from makd_llm.models.capture import attention_of
 from makd_llm.models.families import FAMILIES
 from makd_llm.models.modeling_lowrank import model_class_for
-from makd_llm.testing import tiny_config
+from makd_llm.testing import tiny_config, unstacked
 
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9, 3, 2]]
 CPU = torch.device("cpu")
@@ -87,37 +96,90 @@ def test_a_folder_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
         walk.layer(1)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen2_moe", "mixtral"])
 def test_inputs_are_those_that_the_matrices_read(model_type: str, tmp_path: Path) -> None:
     saved(model_type, tmp_path)
     batch = batches()[0]
     walk = Walk(tmp_path, [batch], dtype=torch.float32, device=CPU)
-    layer, family = walk.layer(0), walk.family
-    (before,) = walk.embedded()
-    outputs = {}
-    modules = {matrix.role: layer.get_submodule(matrix.module) for matrix in family.matrices}
-    for role, module in modules.items():
-        module.register_forward_hook(lambda m, i, out, role=role: outputs.update({role: out}))
-    firsts = tuple(group[0] for group in family.shared_inputs)
-    with torch.no_grad(), inputs_of(layer, family, firsts) as inputs:
-        walk.step(0, layer, batch, before)
-    assert set(inputs) == set(firsts)
+    stream = walk.advanced(0, walk.layer(0), walk.embedded())
+    layer, matrices, (before,) = walk.layer(1), walk.matrices(1), stream
+    modules = {matrix.key: layer.get_submodule(matrix.module) for matrix in matrices}
+    outputs: dict[str, torch.Tensor] = {}
+    for matrix in matrices:
+
+        def listen(
+            module: Any, given: Any, out: torch.Tensor, matrix: families.Matrix = matrix
+        ) -> None:
+            row_N, _ = read_by(layer, matrix, given[0], batch)
+            outputs[matrix.key] = out.flatten(0, -2)[row_N]
+
+        modules[matrix.key].register_forward_hook(listen)
+    firsts = {group[0].key for group in families.shared_inputs(matrices)}
+    with torch.no_grad(), inputs_of(layer, matrices, firsts, batch) as inputs:
+        walk.step(1, layer, batch, before)
+    assert set(inputs) == firsts
     reader = walk.reader
-    for job in jobs_of(reader, family, walk.config):
-        if job.layer == 0 and job.matrix.role in firsts:
+    for job in jobs_of(reader, walk.config):
+        matrix, key = job.matrix, job.matrix.key
+        if job.layer == 1 and key in firsts:
             weight = dense_matrix(reader, job)
-            module, matrix = modules[job.matrix.role], job.matrix
-            made = (
-                outputs[matrix.role] - getattr(module, "bias", torch.zeros(()))
-                if getattr(module, "bias", None) is not None
-                else outputs[matrix.role]
-            )
+            bias = getattr(modules[key], "bias", None)
+            made = outputs[key] if bias is None else outputs[key] - bias
             made = made.chunk(matrix.parts, dim=-1)[matrix.part]
-            torch.testing.assert_close(inputs[matrix.role] @ weight.T, made, rtol=1e-4, atol=1e-5)
-            with torch.no_grad(), only_input_of(layer, family, matrix.role):
-                alone = walk.step(0, layer, batch, before)
-            torch.testing.assert_close(alone, inputs[matrix.role])
+            x_NK = inputs[key].x_NK
+            torch.testing.assert_close(x_NK @ weight.T, made, rtol=1e-4, atol=1e-5)
+            with torch.no_grad(), inputs_of(layer, matrices, {key}, batch, only=True) as alone:
+                walk.step(1, layer, batch, before)
+            assert set(alone) == {key}
+            torch.testing.assert_close(alone[key].x_NK, x_NK)
     assert not any(m._forward_pre_hooks for m in modules.values())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_experts_inputs_are_the_real_tokens_that_are_sent_to_it(
+    model_type: str, side: str, tmp_path: Path
+) -> None:
+    """Against each record by itself, without padding, through the model of transformers."""
+    model = saved(model_type, tmp_path)
+    batch = batches(side)[0]
+    walk = Walk(tmp_path, [batch], dtype=torch.float32, device=CPU)
+    stream = walk.advanced(0, walk.layer(0), walk.embedded())
+    layer, matrices = walk.layer(1), walk.matrices(1)
+    experts = [m for m in matrices if m.role == "gate" and m.expert.isdigit()]
+    keys = {matrix.key for matrix in experts}
+    with torch.no_grad(), inputs_of(layer, matrices, keys, batch) as inputs:
+        walk.step(1, layer, batch, stream[0])
+    right: dict[str, list[torch.Tensor]] = {key: [] for key in keys}
+
+    def listen(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        hidden_ND, chosen_NC, _ = given
+        for matrix in experts:
+            right[matrix.key].append(hidden_ND[(chosen_NC == int(matrix.expert)).any(1)])
+
+    model.get_submodule("model.layers.1.mlp.experts").register_forward_pre_hook(listen)
+    with torch.no_grad():
+        for ids in IDS:
+            model(torch.tensor([ids]))
+    choices = model.config.num_experts_per_tok
+    assert sum(len(read.x_NK) for read in inputs.values()) == choices * sum(map(len, IDS))
+    for key, rows in right.items():
+        x_NK = torch.cat(rows)
+        # Both records in their order, but within them by choice: sums do not depend on it.
+        read = inputs.get(key, Read(x_NK[:0], torch.zeros(0)))
+        torch.testing.assert_close(read.x_NK.T @ read.x_NK, x_NK.T @ x_NK, rtol=1e-4, atol=1e-4)
+        real = batch.token_mask_BT.flatten()
+        assert bool(real[read.token_N.long()].all())
+
+
+def test_inputs_of_two_models_are_paired_by_their_tokens() -> None:
+    x = torch.arange(6.0)[:, None]
+    one = Read(x[[4, 0, 3]], torch.tensor([4, 0, 3]))
+    other = Read(-x[[3, 5, 4]], torch.tensor([3, 5, 4]))
+    left, right = paired(one, other)
+    assert left.flatten().tolist() == [4.0, 3.0] and torch.equal(left, -right)
+    nothing = Read(x[:0], torch.zeros(0, dtype=torch.long))
+    assert all(len(rows) == 0 for rows in paired(one, nothing) + paired(nothing, one))
 
 
 def test_statistics_count_real_tokens_in_float64() -> None:
@@ -134,7 +196,7 @@ def test_statistics_count_real_tokens_in_float64() -> None:
     assert seen.tokens == seen.over_ranks(0, "q").tokens == 17
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "qwen2_moe"])
 def test_row_fisher_equals_that_of_the_models_own_gradients(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -142,17 +204,20 @@ def test_row_fisher_equals_that_of_the_models_own_gradients(
     given = batches()
     walk = Walk(tmp_path, given, dtype=torch.float32, device=CPU)
     found = row_fisher(walk)
+    model = unstacked(model)
     expected: dict[tuple[int, str], torch.Tensor] = {}
     for ids in (IDS[0], IDS[1], IDS[0]):
         model.zero_grad()
         tokens = torch.tensor([ids])
         logits = model(tokens).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()
-        for job in jobs_of(walk.reader, walk.family, walk.config):
+        for job in jobs_of(walk.reader, walk.config):
             gradient = model.get_submodule(job.name).weight.grad
+            if gradient is None:  # of an expert that this record does not reach
+                continue
             gradient = gradient.T if job.matrix.transposed else gradient
             rows = gradient.chunk(job.matrix.parts)[job.matrix.part].double().square().sum(1)
-            key = (job.layer, job.matrix.role)
+            key = (job.layer, job.matrix.key)
             expected[key] = expected.get(key, 0) + rows
     assert set(found) == set(expected)
     for key, rows in found.items():
@@ -177,10 +242,13 @@ def test_students_walk_as_teachers_do(tmp_path: Path) -> None:
     torch.testing.assert_close(last, right, rtol=1e-4, atol=1e-5)
 
 
-def test_sensitivity_is_the_fisher_estimate_of_what_the_loss_rises(tmp_path: Path) -> None:
-    saved("llama", tmp_path)
+@pytest.mark.parametrize(("model_type", "key"), [("llama", "up"), ("mixtral", "up.2")])
+def test_sensitivity_is_the_fisher_estimate_of_what_the_loss_rises(
+    model_type: str, key: str, tmp_path: Path
+) -> None:
+    saved(model_type, tmp_path)
     walk = Walk(tmp_path, batches(), dtype=torch.float32, device=CPU)
-    jobs = {(j.layer, j.matrix.role): j for j in jobs_of(walk.reader, walk.family, walk.config)}
+    jobs = {(j.layer, j.matrix.key): j for j in jobs_of(walk.reader, walk.config)}
     dense = {key: dense_matrix(walk.reader, job) for key, job in jobs.items()}
     kept = {key: svd(weight) for key, weight in dense.items()}
     found = sensitivity(
@@ -189,13 +257,13 @@ def test_sensitivity_is_the_fisher_estimate_of_what_the_loss_rises(tmp_path: Pat
     assert set(found) == set(jobs)
     assert all(len(rises) == 10 and bool((rises >= 0).all()) for rises in found.values())
     # The sum over tokens for one matrix and rank, from the whole model's own gradients.
-    layer, role, rank = 1, "up", 7
-    error = dense[layer, role].double()
-    first = kept[layer, role].first(rank)
+    layer, rank = 1, 7
+    error = dense[layer, key].double()
+    first = kept[layer, key].first(rank)
     error = error - first.up_MR @ first.down_RK
     expected = 0.0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    module = model.get_submodule(jobs[layer, role].name)
+    model = unstacked(AutoModelForCausalLM.from_pretrained(tmp_path))
+    module = model.get_submodule(jobs[layer, key].name)
     for ids in (IDS[0], IDS[1], IDS[0]):
         seen: dict[str, torch.Tensor] = {}
         handle = module.register_forward_hook(
@@ -208,6 +276,9 @@ def test_sensitivity_is_the_fisher_estimate_of_what_the_loss_rises(tmp_path: Pat
         logits = model(tokens).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()
         handle.remove()
-        wrong = seen["x"][0].double() @ error.T
-        expected += 0.5 * float((wrong * seen["y"].grad[0].double()).sum(1).square().sum())
-    assert float(found[layer, role][rank]) == pytest.approx(expected, rel=1e-3)
+        if seen:  # the record reaches the expert
+            wrong_NM = seen["x"].flatten(0, -2).double() @ error.T
+            gradient_NM = seen["y"].grad.flatten(0, -2).double()
+            expected += 0.5 * float((wrong_NM * gradient_NM).sum(1).square().sum())
+    assert expected > 0
+    assert float(found[layer, key][rank]) == pytest.approx(expected, rel=1e-3)

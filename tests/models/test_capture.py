@@ -79,14 +79,15 @@ def test_queries_keys_scale_and_window_give_the_eager_attention_maps(name: str) 
 def test_matrices_and_hidden_states_are_those_of_the_forward(name: str) -> None:
     model = built(name, CAPTURING_SDPA)
     family = family_of(model.config)
-    pairs = frozenset((1, matrix.role) for matrix in family.matrices)
+    matrices = family.matrices(model.config, 1)
+    pairs = frozenset((1, matrix.role) for matrix in matrices)
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
     needs = Needs(hidden=frozenset({0, 1}), matrix=pairs, matrix_input=True)
     with torch.no_grad():
         with capture(model, family, needs) as shown:
             model(ids)
         layer = model.get_submodule(family.layers)[1]  # type: ignore[index]
-        for matrix in family.matrices:
+        for matrix in matrices:
             whole = layer.get_submodule(matrix.module)(shown.matrix_input[1, matrix.role])
             part = whole.chunk(matrix.parts, dim=-1)[matrix.part]
             assert torch.equal(shown.matrix[1, matrix.role], part), matrix.role

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from makd_llm.models import modeling_lowrank
-from makd_llm.models.families import FAMILIES, family_of, matrices_of, part_of
+from makd_llm.models.families import FAMILIES, matrices_of, part_of
 from makd_llm.models.modeling_lowrank import (
     ARCHITECTURES,
+    Experts,
     Fused,
     LowRankLinear,
     LowRankParts,
@@ -26,8 +27,7 @@ from makd_llm.models.modeling_lowrank import (
     lowrank_config,
     model_class_for,
 )
-from makd_llm.testing import TINY_LAYERS as LAYERS
-from makd_llm.testing import run_on_ranks, tiny_config
+from makd_llm.testing import run_on_ranks, tiny_config, unstacked
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 
@@ -35,7 +35,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 
 def ranks_of(config: PreTrainedConfig, rank: int) -> dict[str, int | list[int]]:
     return {
         name: [rank] * matrix.parts if matrix.parts > 1 else rank
-        for _, matrix, name in matrices_of(family_of(config), LAYERS)
+        for _, matrix, name in matrices_of(config)
     }
 
 
@@ -49,10 +49,10 @@ def random_student(model_type: str, tied: bool = False, rank: int = 5) -> Any:
 @torch.no_grad()
 def exact_student(teacher: Any) -> Any:
     """A student whose factors multiply out to the teacher's matrices, filled in float64."""
-    family = family_of(teacher.config)
     ranks: dict[str, Any] = {}
+    teacher = unstacked(teacher)
     state = teacher.state_dict()
-    for _, matrix, name in matrices_of(family, LAYERS):
+    for _, matrix, name in matrices_of(teacher.config):
         weight = teacher.state_dict()[f"{name}.weight"]
         weight = weight.T if matrix.transposed else weight
         weight_MK = part_of(teacher.config, matrix, weight, 0)
@@ -88,6 +88,8 @@ def test_full_rank_equals_dense(model_type: str, tied: bool) -> None:
     for name, parameter in teacher.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)  # zero, as initialised, would hide a lost bias
+    if FAMILIES[model_type].experts:
+        teacher.set_experts_implementation("eager")  # the others do without float64
     student = exact_student(teacher)
     assert (student.lm_head.weight is student.get_input_embeddings().weight) == tied
     with torch.no_grad():
@@ -139,7 +141,7 @@ def test_a_fresh_model_has_the_scale_of_a_fresh_dense_one(model_type: str) -> No
     config = lowrank_config(config, ranks_of(config, 8))
     student = model_class_for(config)(config)
     weights = [m for m in student.modules() if isinstance(m, LowRankLinear)]
-    assert len(weights) == len(matrices_of(family_of(config), LAYERS))
+    assert len(weights) == len(matrices_of(config))
     for module in weights:
         assert module.dense_weight().std().item() == pytest.approx(0.05, rel=0.5)
         assert module.bias is None or not module.bias.any()
@@ -282,6 +284,47 @@ def test_ranks_that_do_not_fit_the_module_are_an_error() -> None:
         config = lowrank_config(tiny_config(model_type), {name: ranks})
         with pytest.raises(ValueError, match=f"gives '{name}' the rank"):
             model_class_for(config)(config)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_equal_the_stacked_ones(model_type: str) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(model_type)
+    teacher: Any = model_class_for(config)(config).eval()
+    teacher.set_experts_implementation("eager")
+    own = unstacked(teacher)
+    assert isinstance(own.model.layers[1].mlp.experts, Experts)
+    with torch.no_grad():
+        # Not to the bit: gate and up are one product there and two here.
+        torch.testing.assert_close(own(IDS).logits, teacher(IDS).logits, rtol=1e-5, atol=1e-6)
+        half, right = own.bfloat16()(IDS).logits, teacher.bfloat16()(IDS).logits
+        torch.testing.assert_close(half, right, rtol=0.02, atol=0.01)
+
+
+def test_an_expert_knows_its_tokens_only_while_it_works() -> None:
+    config = tiny_config("mixtral")
+    config.num_local_experts, config.num_experts_per_tok = 6, 1
+    own = unstacked(model_class_for(config)(config))
+    experts = own.model.layers[0].mlp.experts
+    seen: dict[int, torch.Tensor] = {}
+    for number, expert in enumerate(experts):
+        expert.up_proj.register_forward_hook(
+            lambda module, args, out, number=number: seen.update({number: experts[number].token_n})
+        )
+    with torch.no_grad():
+        own(IDS[:, :2])
+    assert len(seen) < 6, "four tokens reach at most four experts"
+    assert sorted(torch.cat(list(seen.values())).tolist()) == [0, 1, 2, 3]
+    assert all(expert.token_n is None for expert in experts)
+
+
+def test_one_matrix_of_one_expert_may_be_factored() -> None:
+    config = lowrank_config(tiny_config("qwen3_moe"), {"model.layers.1.mlp.experts.3.up_proj": 3})
+    student: Any = model_class_for(config)(config)
+    experts = student.model.layers[1].mlp.experts
+    assert isinstance(experts[3].up_proj, LowRankLinear)
+    assert isinstance(experts[3].gate_proj, nn.Linear) and isinstance(experts[2].up_proj, nn.Linear)
+    assert student(IDS).logits.isfinite().all()
 
 
 @run_on_ranks(1)  # in a process of its own, since deepspeed patches torch

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from makd_llm.models import packing
-from makd_llm.models.families import FAMILIES, family_of, matrices_of
+from makd_llm.models.families import FAMILIES, family_of, matrices_of, shared_inputs
 from makd_llm.models.modeling_lowrank import LowRankLinear, lowrank_config, model_class_for
 from makd_llm.models.packing import Packing, SharedProduct, numbers_per_call, pack
 from makd_llm.testing import TINY_LAYERS as LAYERS
@@ -25,7 +25,7 @@ def model_of(model_type: str, rank: int | None, seed: int = 1) -> Any:
     if rank is not None:
         ranks: dict[str, Any] = {
             name: [rank] * matrix.parts if matrix.parts > 1 else rank
-            for _, matrix, name in matrices_of(family_of(config), LAYERS)
+            for _, matrix, name in matrices_of(config)
         }
         config = lowrank_config(config, ranks)
     model: Any = model_class_for(config)(config).eval()
@@ -45,6 +45,13 @@ def assert_says_the_same(packed: Any, before: Any) -> None:
     assert torch.equal(written, wanted)
 
 
+def pairs_and_groups(model: Any) -> tuple[int, int]:
+    """How many matrices, and how many groups of them that read one input."""
+    config, family = model.config, family_of(model.config)
+    layers = [family.matrices(config, layer) for layer in range(LAYERS)]
+    return sum(map(len, layers)), sum(len(shared_inputs(matrices)) for matrices in layers)
+
+
 def shared(model: nn.Module) -> list[SharedProduct]:
     return [module for module in model.modules() if isinstance(module, SharedProduct)]
 
@@ -53,9 +60,8 @@ def shared(model: nn.Module) -> list[SharedProduct]:
 def test_factors_that_read_one_input_are_multiplied_at_once(model_type: str) -> None:
     student = model_of(model_type, rank=4)
     packed = copy.deepcopy(student)
-    gated = any(matrix.role == "gate" for matrix in family_of(student.config).matrices)
-    before, after = (14, 11) if gated else (12, 10)
-    assert pack(packed, call=0.0) == Packing(LAYERS * before, LAYERS * after, 0)
+    pairs, groups = pairs_and_groups(student)
+    assert pack(packed, call=0.0) == Packing(2 * pairs, groups + pairs, 0)
     assert_says_the_same(packed, student)
     numbers = [sum(p.numel() for p in model.parameters()) for model in (packed, student)]
     assert numbers[0] == numbers[1]
@@ -68,10 +74,8 @@ def test_factors_that_read_one_input_are_multiplied_at_once(model_type: str) -> 
 def test_pairs_are_multiplied_out_where_calls_are_dear(model_type: str) -> None:
     student = model_of(model_type, rank=4)
     packed = copy.deepcopy(student)
-    groups = len(family_of(student.config).shared_inputs)
-    pairs = len(family_of(student.config).matrices)
-    found = pack(packed, call=math.inf)
-    assert (found.calls_after, found.merged) == (LAYERS * groups, LAYERS * pairs)
+    pairs, groups = pairs_and_groups(student)
+    assert pack(packed, call=math.inf) == Packing(2 * pairs, groups, pairs)
     assert not any(isinstance(module, LowRankLinear) for module in packed.modules())
     assert_says_the_same(packed, student)
 
@@ -92,10 +96,14 @@ def test_dense_matrices_stand_in_the_same_product_as_factors() -> None:
     assert_says_the_same(packed, student)
 
 
-def test_a_teacher_may_be_packed_too() -> None:
-    teacher = model_of("llama", rank=None)
+@pytest.mark.parametrize(
+    ("model_type", "before", "after"),
+    [("llama", 7, 4), ("mixtral", 4, 2)],  # its experts are one stack in transformers
+)
+def test_a_teacher_may_be_packed_too(model_type: str, before: int, after: int) -> None:
+    teacher = model_of(model_type, rank=None).float()  # stacks of experts run in no double
     packed = copy.deepcopy(teacher)
-    assert pack(packed, call=0.0) == Packing(LAYERS * 7, LAYERS * 4, 0)
+    assert pack(packed, call=0.0) == Packing(LAYERS * before, LAYERS * after, 0)
     assert_says_the_same(packed, teacher)
 
 

@@ -1,15 +1,18 @@
 """The tables say what the JSON files hold, also where a row has no size or no perplexity."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
+from makd_llm.report.plots import factorization_plot
 from makd_llm.report.table import (
     evaluation_table,
     factorization_table,
+    rank_table,
     stages_table,
     steps_of,
 )
@@ -92,3 +95,30 @@ def test_what_a_step_won_back_is_a_share_of_what_the_first_lost() -> None:
     assert [s.recovered for s in steps[2:]] == pytest.approx([0.75, 0.25])
     lines = printed(stages_table(stages))
     assert any("whitened" in line and "75.0%" in line for line in lines)
+
+
+def test_experts_of_a_layer_stand_together(tmp_path: Path) -> None:
+    matrices = [
+        {"layer": 0, "role": role, "rows": rows, "columns": 6, "rank": rank, "residual": 0.5}
+        for role, rows, rank in (("q", 4, 2), ("up", 4, 1), ("up", 4, 3), ("up", 8, None))
+    ]
+    lines = printed(rank_table({"matrices": matrices}))
+    assert [cells(line) for line in lines if line.startswith("│")] == [["0", "2", "1-3"]]
+    count = {"blocks": 2_000_000, "total": 3_000_000}
+    held_out = {
+        "perplexity": {"teacher": 17.0, "student": 60.0},
+        "tokens": 4096,
+        "data": "test.txt",
+        "matrix_residuals": [None, 0.2, None, 0.4],
+        "layer_residuals": [0.3],
+    }
+    report = {
+        "matrices": matrices,
+        "parameters": {"teacher": count, "student": count},
+        "held_out": held_out,
+    }
+    table = [cells(line) for line in printed(factorization_table(report)) if line.startswith("│")]
+    assert [row[-1] for row in table] == ["-", "0.300"], "unmeasured ones do not count"
+    assert table[1][3] == "4 x 6, 8 x 6"
+    factorization_plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
