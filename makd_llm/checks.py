@@ -11,6 +11,7 @@ from makd_llm.errors import UserError
 from makd_llm.models.capture import CAPTURING_SDPA, attention_of
 from makd_llm.models.families import check_distillable, family_of
 from makd_llm.models.modeling_lowrank import is_lowrank
+from makd_llm.models.pairing import check_layer_map
 from makd_llm.models.source import load_tokenizer
 
 
@@ -66,6 +67,7 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
             f"distil.objectives.attention: the attention of model_type {model.model_type!r} cannot "
             "be listened to; set distil.objectives.attention.weight=0"
         )
+    check_layer_map(config.distil.layer_map, model.num_hidden_layers)
     if is_lowrank(model):
         raise UserError(
             f"{folder} is a low-rank student; make it dense first "

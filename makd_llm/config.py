@@ -250,6 +250,11 @@ class DistilConfig(Section):
     objectives: ObjectivesConfig = ObjectivesConfig()
     split: Fraction = 0.5
     """Layers below split x depth are shallow, the rest deep (the hierarchy)."""
+    layer_map: Literal["origin", "uniform"] | tuple[int, ...] = "origin"
+    """Which teacher layer each of the student's is compared with: the one that it was copied from
+    (for hidden states, the last before the next one that was kept), TinyBERT's even spread, or a
+    list of the teacher's layers.
+    """
     weights: Literal["fixed", "balanced"] = "fixed"
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -38,6 +38,8 @@ from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, e
 from makd_llm.factorize.student import factorize
 from makd_llm.files import sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
+from makd_llm.models.pairing import pair
+from makd_llm.models.projections import Point, Projection, Projections
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
@@ -47,6 +49,7 @@ from makd_llm.train.build import (
     build_balance,
     build_loader,
     build_objectives,
+    build_projections,
     build_prompts,
     build_recipe,
     build_records,
@@ -217,9 +220,17 @@ class Run:
     def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
         config = read_config(factorized)
         check_same_tokenizer(teacher, factorized)
+        pairing = pair(config, read_config(teacher), self.config.distil.layer_map)
         objectives = build_objectives(
-            self.config.distil, family_of(config), config.num_hidden_layers
+            self.config.distil, family_of(config), config.num_hidden_layers, pairing
         )
+        projections = build_projections(objectives, pairing)
+        if projections:
+            count = sum(p.width * p.teacher_width for p in projections.values())
+            self.tell(
+                f"projections to the teacher's widths: {len(projections)}, {count / 1e6:.2f} M "
+                "parameters; trained with the student, not exported"
+            )
         kernels = choose_impl(self.config.distil.kernels, distributed.device().type)
         self.tell(f"objectives: {', '.join(objectives.names)}; kernels: {kernels}")
         self._train(
@@ -229,6 +240,7 @@ class Run:
             self.config.distil.train,
             objectives,
             teacher=teacher if objectives.needs_teacher else None,
+            projections=projections,
         )
 
     def _train(
@@ -240,6 +252,7 @@ class Run:
         objectives: Objectives,
         *,
         teacher: Path | None,
+        projections: dict[Point, Projection] | None = None,
     ) -> None:
         ds = self._training_config(train, f"{stage}.train")
         tokenizer = load_tokenizer(start)
@@ -253,8 +266,11 @@ class Run:
             seed=self.config.seed,
             pad_id=pad_id_of(tokenizer),
         )
+        loaded = load_sharded(start, ds, self.dtype, self.config.distil.kernels)
+        if projections:
+            loaded.projections = Projections(projections, ds, self.dtype)
         model = Trained(
-            load_sharded(start, ds, self.dtype, self.config.distil.kernels),
+            loaded,
             ds,
             gradient_checkpointing=train.gradient_checkpointing,
             schedule=build_schedule(train),

@@ -56,3 +56,5 @@ class Shown:
     """Matrix outputs (B, T, M)."""
     matrix_input: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix inputs (B, T, K)."""
+    idle: Tensor | None = None
+    """A zero that keeps in the graph what took part in the forward, but was asked for by nobody."""

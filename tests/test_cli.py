@@ -128,6 +128,15 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     )
 
 
+def test_a_layer_map_beyond_the_teacher_is_found_before_anything_is_cut(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    overrides = (f"teacher.model={tiny / 'teacher'}", f"run_dir={tmp_path / 'run'}")
+    said = ended(capsys, "train", "--ds", ZERO3, *overrides, "distil.layer_map=[0,4]")
+    assert "distil.layer_map: there is no layer 4; the teacher has layers 0 to 3" in said
+    assert not (tmp_path / "run" / "stages.json").exists()
+
+
 def test_a_missing_validation_split_is_found_before_anything_is_trained(
     capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
 ) -> None:

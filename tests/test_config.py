@@ -25,6 +25,7 @@ from makd_llm.errors import UserError
         ("distil.preset=mkd", "distil.preset: input should be 'makd', 'kd' or 'finetune'"),
         ("distil.objectives.matrix.layers=top", "distil.objectives.matrix.layers"),
         ("distil.preset=[kd]", "distil.preset"),
+        ("distil.layer_map=even", "distil.layer_map: input should be 'origin' or 'uniform'"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         ("distil=3", "distil: input should be a valid dictionary"),
         ("distil.schedule={kind: staged, matrix: 0, layer: 0, model: 0}", "are all 0"),
@@ -85,7 +86,9 @@ def test_presets_are_what_they_are_called() -> None:
 
 
 def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
-    config = load_config(None, ["distil.objectives.matrix.layers=[0,2]", "distil.preset=kd"])
+    given = ["distil.objectives.matrix.layers=[0,2]", "distil.layer_map=[1,3]", "distil.preset=kd"]
+    config = load_config(None, given)
+    assert config.distil.layer_map == (1, 3)
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(path, []) == config

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from makd_llm.data.batch import Batch
 from makd_llm.models.families import Family
+from makd_llm.models.projections import Projections
+from makd_llm.shown import Shown
 
 AtHead = Callable[[Tensor, Tensor], Any]
 """(hidden_BTD, weight_VD) -> anything."""
@@ -33,22 +35,33 @@ class Head(nn.Module):
 
 
 class CausalModel(nn.Module):
-    """Backbone and head of a Hugging Face causal LM, plain or low-rank."""
+    """Backbone and head of a Hugging Face causal LM, plain or low-rank.
+
+    `projections`, where they are set before DeepSpeed takes the module, are learned beside it and
+    bring what a capture shows to a wider teacher's width.
+    """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         super().__init__()
         self.model = model
         self.family = family
         self.head = Head(model.get_output_embeddings().weight)
+        self.projections: Projections | None = None
 
     def forward(
-        self, batch: Batch, at_head: AtHead | None = None, generate: dict[str, Any] | None = None
+        self,
+        batch: Batch,
+        at_head: AtHead | None = None,
+        generate: dict[str, Any] | None = None,
+        shown: Shown | None = None,
     ) -> Any:
         """Last hidden states (B, T, D), after the final norm; with `at_head`, what that returns.
 
         With `generate` (arguments of transformers' `generate`): the generated ids instead, (B, T +
         new). A whole generation is one forward of this module, so that ZeRO-3 sees it begin and
         end.
+
+        shown: what a capture around this forward fills; its tensors are projected before the head.
         """
         if generate is not None:
             return self.model.generate(  # type: ignore[operator]
@@ -62,4 +75,7 @@ class CausalModel(nn.Module):
             position_ids=batch.position_ids_BT if batch.padded_left else None,
             use_cache=False,
         ).last_hidden_state
+        if self.projections is not None and shown is not None:
+            # Here and not in the capture's hooks, which a checkpointed layer's recomputation lacks.
+            self.projections.project(shown, hidden_BTD)
         return hidden_BTD if at_head is None else self.head(hidden_BTD, at_head)

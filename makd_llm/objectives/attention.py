@@ -5,6 +5,8 @@ L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary q
 """
 # B batch, T tokens, H query heads
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from makd_kernels.attention_kl import attention_kl
@@ -16,14 +18,16 @@ def attention_divergence(
     teacher: AttentionShown,
     attention_mask_BT: Tensor | None,
     *,
+    heads: Sequence[int] | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
     """`attention_kl` per query, mean over heads. Returns (B, T) fp32, 0 where the query is padding.
 
-    Raises ValueError where teacher and student see windows of different length (their distributions
-    would be over different keys).
+    heads: the teacher's query head for each of the student's; None: the same. The number of
+    key-value heads may differ. Raises ValueError where teacher and student see windows of different
+    length (their distributions would be over different keys).
     """
     if student.window != teacher.window:
         raise ValueError(
@@ -38,6 +42,7 @@ def attention_divergence(
         scale_student=student.scale,
         window=student.window,
         attention_mask_BT=attention_mask_BT,
+        head_map=None if heads is None else [[head] for head in heads],
         divergence=divergence,
         beta=beta,
         impl=impl,

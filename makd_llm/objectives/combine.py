@@ -93,7 +93,7 @@ class Objectives:
     @property
     def replays_teacher_input(self) -> bool:
         """Whether factor pairs are to be fed the teacher's inputs."""
-        return any(term.replays_teacher_input for term in self.active.values())
+        return any(term.replay for term in self.active.values())
 
     @property
     def needs_of_student(self) -> Needs:
@@ -105,8 +105,16 @@ class Objectives:
 
     @property
     def needs_of_teacher(self) -> Needs:
-        """The same of the teacher, with its matrices' inputs where those are replayed."""
-        return replace(self.needs_of_student, matrix_input=self.replays_teacher_input)
+        """The same of the teacher's layers, with its matrices' inputs where those are replayed."""
+        needs = Needs()
+        for term in self.active.values():
+            needs |= term.needs_of_teacher
+        return replace(needs, matrix_input=self.replays_teacher_input)
+
+    def replayed(self, teacher: Shown) -> dict[tuple[int, str], Tensor] | None:
+        """The inputs of the teacher for the student's matrices; None: they keep their own."""
+        replays = [term.replay(teacher) for term in self.active.values() if term.replay]
+        return {key: x for inputs in replays for key, x in inputs.items()} if replays else None
 
     def at_head(
         self,
@@ -169,6 +177,8 @@ class Objectives:
             parts.append(
                 sums[name] * (term.weight * self.multiplier[term.level] / denominators["tokens"])
             )
+        if student.idle is not None:
+            parts.append(student.idle)
         if isinstance(at_head, Tensor):
             parts.append(at_head)
         else:

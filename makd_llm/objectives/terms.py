@@ -3,30 +3,40 @@
 A term declares what it needs; capture collects that and nothing else. Sums over layers and matrices
 are divided by their number (ours), so that a weight means the same at every depth; nothing is
 divided by tokens here.
+
+Layers are the student's. Where its depth is not the teacher's, `teacher_layers` names the teacher's
+layer for each of them; where it has only some of the teacher's features, or has them permuted, a
+`Selection` picks them on the teacher's side. What differs in width beyond that comes projected.
 """
 # B batch, T tokens
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from makd_llm.objectives.attention import attention_divergence
+from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.squared_error import Normalize, squared_error
 from makd_llm.shown import Needs, Shown
+
+Key = tuple[int, str]
+"""A matrix: the student's layer, and the role."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One objective: its level, its weight, what it needs, and how it compares (student, teacher,
-    mask_BT).
+    """One objective: its level, its weight, what it needs of student and teacher, and how it
+    compares (student, teacher, mask_BT). replay: the inputs of the teacher that the student's
+    matrices are fed, where they are.
     """
 
     level: str
     weight: float
     needs: Needs
+    needs_of_teacher: Needs
     compare: Callable[[Shown, Shown, Tensor | None], Tensor]
-    replays_teacher_input: bool = False
+    replay: Callable[[Shown], dict[Key, Tensor]] | None = None
 
 
 def matrix_term(
@@ -36,39 +46,73 @@ def matrix_term(
     weight: float,
     normalize: Normalize = "relative",
     teacher_input: bool = False,
+    teacher_layers: Sequence[int] | None = None,
+    outputs: Mapping[Key, Selection] | None = None,
+    inputs: Mapping[Key, Selection] | None = None,
 ) -> Term:
     """L_matrix = L_MHA + L_FNN: squared error of matrix outputs, mean over the given layers and
     roles.
 
     teacher_input: each factor pair is fed what the teacher's matrix was fed (local, no error
-    carried in), rather than the student's own stream. Source: MaKD, reconstruction (methods.md
-    section 1).
+    carried in), rather than the student's own stream. outputs, inputs: what is picked of the
+    teacher's, where that is not everything. Source: MaKD, reconstruction (methods.md section 1).
     """
-    pairs = [(layer, role) for layer in layers for role in roles]
+    mapped = _mapped(layers, teacher_layers)
+    pairs = [((ours, role), (theirs, role)) for ours, theirs in mapped for role in roles]
 
     def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
         errors = [
-            squared_error(student.matrix[p], teacher.matrix[p], normalize=normalize) for p in pairs
+            squared_error(
+                student.matrix[ours],
+                _picked(outputs, ours, teacher.matrix[theirs]),
+                normalize=normalize,
+            )
+            for ours, theirs in pairs
         ]
         return _mean(errors)
 
-    return Term("matrix", weight, Needs(matrix=frozenset(pairs)), compare, teacher_input)
+    def replay(teacher: Shown) -> dict[Key, Tensor]:
+        return {ours: _picked(inputs, ours, teacher.matrix_input[theirs]) for ours, theirs in pairs}
+
+    return Term(
+        "matrix",
+        weight,
+        Needs(matrix=frozenset(ours for ours, _ in pairs)),
+        Needs(matrix=frozenset(theirs for _, theirs in pairs)),
+        compare,
+        replay if teacher_input else None,
+    )
 
 
-def hidden_term(layers: Sequence[int], *, weight: float, normalize: Normalize = "relative") -> Term:
-    """L_hidn: squared error of the layers' outputs, mean over the given layers. Source: MaKD,
-    reconstruction.
+def hidden_term(
+    layers: Sequence[int],
+    *,
+    weight: float,
+    normalize: Normalize = "relative",
+    teacher_layers: Sequence[int] | None = None,
+    channels: Selection | None = None,
+) -> Term:
+    """L_hidn: squared error of the layers' outputs, mean over the given layers. channels: what is
+    picked of the teacher's, where that is not everything. Source: MaKD, reconstruction.
     """
+    mapped = _mapped(layers, teacher_layers)
 
     def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        return _mean(
-            [
-                squared_error(student.hidden[i], teacher.hidden[i], normalize=normalize)
-                for i in layers
-            ]
-        )
+        errors = []
+        for ours, theirs in mapped:
+            teacher_BTD = teacher.hidden[theirs]
+            if channels is not None:
+                teacher_BTD = channels(teacher_BTD)
+            errors.append(squared_error(student.hidden[ours], teacher_BTD, normalize=normalize))
+        return _mean(errors)
 
-    return Term("layer", weight, Needs(hidden=frozenset(layers)), compare)
+    return Term(
+        "layer",
+        weight,
+        Needs(hidden=frozenset(ours for ours, _ in mapped)),
+        Needs(hidden=frozenset(theirs for _, theirs in mapped)),
+        compare,
+    )
 
 
 def attention_term(
@@ -78,27 +122,48 @@ def attention_term(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     impl: str = "auto",
+    teacher_layers: Sequence[int] | None = None,
+    heads: Mapping[int, Sequence[int]] | None = None,
 ) -> Term:
-    """L_attn: divergence of attention distributions, mean over heads and the given layers. Source:
-    MaKD, reconstruction.
+    """L_attn: divergence of attention distributions, mean over heads and the given layers. heads:
+    by layer, the teacher's query head for each of the student's, where that is not the same.
+    Source: MaKD, reconstruction.
     """
+    mapped = _mapped(layers, teacher_layers)
 
     def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
         return _mean(
             [
                 attention_divergence(
-                    student.attention[i],
-                    teacher.attention[i],
+                    student.attention[ours],
+                    teacher.attention[theirs],
                     mask_BT,
+                    heads=(heads or {}).get(ours),
                     divergence=divergence,
                     beta=beta,
                     impl=impl,
                 )
-                for i in layers
+                for ours, theirs in mapped
             ]
         )
 
-    return Term("layer", weight, Needs(attention=frozenset(layers)), compare)
+    return Term(
+        "layer",
+        weight,
+        Needs(attention=frozenset(ours for ours, _ in mapped)),
+        Needs(attention=frozenset(theirs for _, theirs in mapped)),
+        compare,
+    )
+
+
+def _mapped(layers: Sequence[int], teacher_layers: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(student's layer, teacher's layer) pairs."""
+    return list(zip(layers, layers if teacher_layers is None else teacher_layers, strict=True))
+
+
+def _picked(selections: Mapping[Key, Selection] | None, key: Key, x_BTM: Tensor) -> Tensor:
+    selection = None if selections is None else selections.get(key)
+    return x_BTM if selection is None else selection(x_BTM)
 
 
 def _mean(values_BT: list[Tensor]) -> Tensor:

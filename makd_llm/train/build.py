@@ -6,7 +6,15 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.config import DataConfig, DistilConfig, Layers, StudentConfig, TrainConfig
+from makd_llm.config import (
+    DataConfig,
+    DistilConfig,
+    Layers,
+    MatrixConfig,
+    Role,
+    StudentConfig,
+    TrainConfig,
+)
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import RecordList, RecordStream, load_records
@@ -15,7 +23,10 @@ from makd_llm.errors import UserError
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.student import Recipe
 from makd_llm.models.families import Family
+from makd_llm.models.pairing import HIDDEN, Pairing
+from makd_llm.models.projections import Point, Projection
 from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_term
 from makd_llm.train.levels import LevelBalance
 
@@ -88,43 +99,17 @@ def build_recipe(student: StudentConfig) -> Recipe:
     )
 
 
-def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Objectives:
-    """The objectives of a distillation, for a family and a depth. Raises UserError where nothing is
-    to be learnt.
+def build_objectives(
+    distil: DistilConfig, family: Family, n_layers: int, pairing: Pairing | None = None
+) -> Objectives:
+    """The objectives of a distillation, for a family and the student's depth.
+
+    pairing: what of the student is compared with what of the teacher; None: they have one shape.
+    Raises UserError where nothing is to be learnt, or the two cannot be compared.
     """
-    asked = distil.objectives
-    split = round(distil.split * n_layers)
-    terms: dict[str, Term] = {}
-    if asked.matrix.weight > 0:
-        layers = _layers(asked.matrix.layers, split, n_layers, "matrix")
-        roles = [role for role in asked.matrix.roles if role in family.roles]
-        if layers and roles:
-            terms["matrix"] = matrix_term(
-                layers,
-                roles,
-                weight=asked.matrix.weight,
-                normalize=asked.matrix.normalize,
-                teacher_input=asked.matrix.input == "teacher",
-            )
-    if asked.attention.weight > 0 and (
-        layers := _layers(asked.attention.layers, split, n_layers, "attention")
-    ):
-        terms["attention"] = attention_term(
-            layers,
-            weight=asked.attention.weight,
-            divergence=asked.attention.divergence,
-            beta=asked.attention.beta,
-            impl=distil.kernels,
-        )
-    if asked.hidden.weight > 0 and (
-        layers := _layers(asked.hidden.layers, split, n_layers, "hidden")
-    ):
-        terms["hidden"] = hidden_term(
-            layers, weight=asked.hidden.weight, normalize=asked.hidden.normalize
-        )
-    logits = asked.logits
+    logits = distil.objectives.logits
     model_level = ModelLevel(
-        cross_entropy=asked.cross_entropy.weight,
+        cross_entropy=distil.objectives.cross_entropy.weight,
         logits=logits.weight,
         divergence=logits.divergence,
         beta=logits.beta,
@@ -132,6 +117,7 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
         temperature=logits.temperature,
         impl=distil.kernels,
     )
+    terms = _terms(distil, family, n_layers, pairing or Pairing.one_to_one(n_layers))
     objectives = Objectives(model_level, terms)
     if not objectives.levels:
         raise UserError(
@@ -142,6 +128,73 @@ def build_objectives(distil: DistilConfig, family: Family, n_layers: int) -> Obj
     if distil.weights == "balanced":
         _check_balance(distil, objectives)
     return objectives
+
+
+def build_projections(objectives: Objectives, pairing: Pairing) -> dict[Point, Projection]:
+    """The learned projections that the objectives' terms need; empty where the widths agree."""
+    points: set[Point] = set()
+    for term in objectives.terms.values():
+        points |= term.needs.matrix | {(layer, HIDDEN) for layer in term.needs.hidden}
+    found = {point: pairing.projection(*point) for point in sorted(points)}
+    return {point: projection for point, projection in found.items() if projection is not None}
+
+
+def _terms(
+    distil: DistilConfig, family: Family, n_layers: int, pairing: Pairing
+) -> dict[str, Term]:
+    asked, split = distil.objectives, round(distil.split * n_layers)
+    terms: dict[str, Term] = {}
+    if asked.matrix.weight > 0:
+        layers = _layers(asked.matrix.layers, split, n_layers, "matrix")
+        known = family.roles
+        roles = [role for role in asked.matrix.roles if role in known]
+        if layers and roles:
+            terms["matrix"] = _matrix_term(asked.matrix, layers, roles, pairing)
+    if asked.attention.weight > 0 and (
+        layers := _layers(asked.attention.layers, split, n_layers, "attention")
+    ):
+        pairing.check_windows(layers)
+        heads = {layer: pairing.heads(layer) for layer in layers}
+        terms["attention"] = attention_term(
+            layers,
+            weight=asked.attention.weight,
+            divergence=asked.attention.divergence,
+            beta=asked.attention.beta,
+            impl=distil.kernels,
+            teacher_layers=pairing.teacher_layers(layers),
+            heads={layer: kept for layer, kept in heads.items() if kept is not None},
+        )
+    if asked.hidden.weight > 0 and (
+        layers := _layers(asked.hidden.layers, split, n_layers, "hidden")
+    ):
+        channels = pairing.selection(layers[0], HIDDEN)
+        terms["hidden"] = hidden_term(
+            layers,
+            weight=asked.hidden.weight,
+            normalize=asked.hidden.normalize,
+            teacher_layers=pairing.teacher_layers(layers, hidden=True),
+            channels=None if channels is None else Selection(channels),
+        )
+    return terms
+
+
+def _matrix_term(
+    asked: MatrixConfig, layers: list[int], roles: list[Role], pairing: Pairing
+) -> Term:
+    keys = [(layer, role) for layer in layers for role in roles]
+    from_teacher = asked.input == "teacher"
+    outputs = {key: pairing.selection(*key) for key in keys}
+    inputs = {key: pairing.input_selection(*key) for key in keys} if from_teacher else {}
+    return matrix_term(
+        layers,
+        roles,
+        weight=asked.weight,
+        normalize=asked.normalize,
+        teacher_input=from_teacher,
+        teacher_layers=pairing.teacher_layers(layers),
+        outputs={key: Selection(kept) for key, kept in outputs.items() if kept is not None},
+        inputs={key: Selection(kept) for key, kept in inputs.items() if kept is not None},
+    )
 
 
 def build_schedule(train: TrainConfig) -> Callable[[int], float]:

@@ -99,9 +99,11 @@ class Trained:
         self.data_parallel_size: int = self.engine.dp_world_size
         self.engine.train()
 
-    def __call__(self, batch: Batch, at_head: AtHead) -> Any:
-        """What `at_head` returns, called where the output weight is whole."""
-        return self.engine(batch, at_head)
+    def __call__(self, batch: Batch, at_head: AtHead, shown: Shown | None = None) -> Any:
+        """What `at_head` returns, called where the output weight is whole. shown: of the capture
+        around this call, to be projected where the model has projections.
+        """
+        return self.engine(batch, at_head, shown=shown)
 
     def capture(
         self, needs: Needs, replay: dict[tuple[int, str], Tensor] | None = None

@@ -20,13 +20,13 @@ def distill_step(
     """
     with torch.no_grad(), teacher.capture(objectives.needs_of_teacher) as shown_by_teacher:
         teacher_hidden_BTD = teacher(batch)
-    replay = shown_by_teacher.matrix_input if objectives.replays_teacher_input else None
+    replay = objectives.replayed(shown_by_teacher)
     with (
         student.capture(objectives.needs_of_student, replay) as shown_by_student,
         teacher.output_weight() as teacher_weight_VD,
     ):
         at_head = objectives.at_head(batch, denominators, teacher_hidden_BTD, teacher_weight_VD)
-        model_level = student(batch, at_head)
+        model_level = student(batch, at_head, shown_by_student)
     losses = objectives(model_level, shown_by_student, shown_by_teacher, batch, denominators)
     student.backward(losses.total * (student.data_parallel_size * student.accumulation_steps))
     return losses.detached()
