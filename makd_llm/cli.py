@@ -70,13 +70,14 @@ def train(
     config: Config = None,
     overrides: Overrides = None,
     until: Annotated[
-        str, typer.Option("--until", help="The last stage: sft, factorize, distil or evaluate.")
+        str,
+        typer.Option("--until", help="The last stage: sft, shape, factorize, distil or evaluate."),
     ] = "evaluate",
     local_rank: LocalRank = 0,
     debug: Debug = False,
 ) -> None:
-    """The whole run: sft, factorize, distil, export, evaluate. Stages whose result stands are
-    skipped.
+    """The whole run: sft, shape, factorize, distil, export, evaluate. Stages whose result stands
+    are skipped.
     """
     if until not in STAGES:
         raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")

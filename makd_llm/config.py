@@ -128,9 +128,42 @@ class RefineConfig(Section):
     inputs: Literal["student", "teacher", "both"] = "student"
 
 
-class StudentConfig(Section):
-    """How the student is cut from the teacher (methods.md section 5)."""
+class DepthConfig(Section):
+    """Fewer layers than the teacher has."""
 
+    layers: Positive
+    choose: Literal["even", "ild"] = "even"
+    """Spread evenly; or what is left when the layer that the calibration text misses least is
+    dropped, again and again."""
+
+
+class WidthConfig(Section):
+    """Narrower than the teacher; null: as wide as it is."""
+
+    hidden: Positive | None = None
+    feed_forward: Positive | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> "WidthConfig":
+        if self.hidden is None and self.feed_forward is None:
+            raise ValueError("both hidden and feed_forward are null: give one, or leave width out")
+        return self
+
+
+class HeadsConfig(Section):
+    """Fewer key-value heads than the teacher has: similar ones are merged."""
+
+    key_value: Positive
+
+
+class StudentConfig(Section):
+    """How the student is cut from the teacher: its shape, in this order, then its ranks (methods.md
+    sections 4 and 5).
+    """
+
+    depth: DepthConfig | None = None
+    width: WidthConfig | None = None
+    heads: HeadsConfig | None = None
     method: Literal["svd", "fwsvd", "asvd", "whitened", "fisher", "sequential", "refitted"] = (
         "fisher"
     )

@@ -1,4 +1,4 @@
-"""A run from teacher to table: sft -> factorize -> distil -> (merge) -> evaluate.
+"""A run from teacher to table: sft -> (shape) -> factorize -> distil -> (merge) -> evaluate.
 
 Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
 while that result stands under the same config. Every function here is collective: all ranks call
@@ -32,7 +32,6 @@ from makd_llm.config import RunConfig, TrainConfig, dump_config
 from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.prompt import usable_examples
 from makd_llm.data.records import RecordList, content_of, describe_skipped
-from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
 from makd_llm.factorize.student import factorize
@@ -44,6 +43,7 @@ from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
 from makd_llm.report.table import evaluation_table, factorization_table, show
+from makd_llm.reshape.reshape import Shape, check_shape, reshape
 from makd_llm.stages import STAGES, Key, Stages, digest
 from makd_llm.train.build import (
     build_balance,
@@ -54,6 +54,7 @@ from makd_llm.train.build import (
     build_recipe,
     build_records,
     build_schedule,
+    build_shape,
     staged_shares,
 )
 from makd_llm.train.deepspeed_config import (
@@ -66,6 +67,9 @@ from makd_llm.train.deepspeed_config import (
 from makd_llm.train.engine import Frozen, Trained, whole_tensors
 from makd_llm.train.loop import Loop, LoopSettings
 from makd_llm.train.step import distill_step, finetune_step
+
+SHAPES = {"depth", "width", "heads"}
+"""The sections of `student` that the stage `shape` is about; the others are factorize's."""
 
 
 class Run:
@@ -80,6 +84,7 @@ class Run:
         self.dtype = dtype_of(self.deepspeed)
         self.dir = config.run_dir.expanduser()
         self.stages = Stages(self.dir)
+        self.shape = build_shape(config.student)
         self._check_batches()
         check_settings(config, self.deepspeed, ds_path)
 
@@ -94,6 +99,11 @@ class Run:
         wanted = STAGES[: STAGES.index(until) + 1]
         if wanted[-1] == "sft" and not self.config.sft.enabled:
             raise UserError("sft.enabled is false, so there is nothing to tune; set it to true")
+        if wanted[-1] == "shape" and self.shape is None:
+            raise UserError(
+                "student.depth, student.width and student.heads are all null, so there is nothing "
+                "to shape; set one of them"
+            )
         lock = distributed.on_main(_lock, self.dir)
         try:
             self._execute(wanted)
@@ -104,6 +114,8 @@ class Run:
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
         check_teacher(given, self.config)
+        if self.shape is not None:
+            check_shape(read_config(given), self.shape)
         # Looked at first: a split that is missing is not to be found at the end.
         validation_file = self._content_of_data(validation=True) if "evaluate" in wanted else None
         # Whole in the first keys and not as a digest, so that a change can be named.
@@ -121,11 +133,21 @@ class Run:
             key = {**first, **self._key("sft", "")}
             self._stage("sft", key, teacher, partial(self._sft, given, teacher))
             after = digest(key)
+        if "shape" not in wanted:
+            return
+        start = teacher
+        if self.shape is not None:
+            start = self.dir / "shaped"
+            key = {**first, "student": self._shape_key(self.shape), "after": after}
+            self._stage("shape", key, start, partial(self._reshape, self.shape, teacher, start))
+            after = digest(key)
         if "factorize" not in wanted:
             return
         factorized = self.dir / "factorized"
-        key = {**first, "student": self.config.student.model_dump(), "after": after}
-        self._stage("factorize", key, factorized, partial(self._factorize, teacher, factorized))
+        cut = self.config.student.model_dump(exclude=SHAPES)
+        key = {**first, "student": cut, "after": after}
+        make = partial(self._factorize, teacher, start, factorized)
+        self._stage("factorize", key, factorized, make)
         if "distil" not in wanted:
             return
         student = self.dir / "student"
@@ -168,6 +190,13 @@ class Run:
         elif distributed.on_main(lambda: merged.exists() and not self.stages.stands("merge", key)):
             distributed.on_main(shutil.rmtree, merged)
             self.tell(f"merge: {merged} removed, it was made from another student")
+
+    def _shape_key(self, shape: Shape) -> Key:
+        """What a shape depends on; on the calibration text only where it is read."""
+        calibration = {"calibration_records", "calibration_batch"}
+        return self.config.student.model_dump(
+            include=SHAPES | calibration if shape.needs_calibration else SHAPES
+        )
 
     def _key(self, stage: str, after: str) -> Key:
         """What a training stage depends on: its config, DeepSpeed's JSON, the stage before it."""
@@ -313,27 +342,39 @@ class Run:
         ds = frozen_config(self.deepspeed, micro_batch_size=micro_batch_size)
         return Frozen(load_sharded(folder, ds, self.dtype, self.config.distil.kernels), ds)
 
-    def _factorize(self, teacher: Path, result: Path) -> None:
+    def _reshape(self, shape: Shape, teacher: Path, result: Path) -> None:
+        tokenizer = load_tokenizer(teacher)
+        batches = self._calibration("shape", tokenizer) if shape.needs_calibration else []
+        reshape(
+            teacher,
+            result,
+            shape,
+            batches,
+            tokenizer=tokenizer,
+            dtype=self.dtype,
+            tell=self.tell,
+        )
+
+    def _factorize(self, teacher: Path, start: Path, result: Path) -> None:
+        """start: the model that is cut, the teacher or what `shape` made of it."""
         settings = self.config.student
         tokenizer = load_tokenizer(teacher)
         recipe = build_recipe(settings)
-        batches: list[Batch] = []
-        if recipe.needs_calibration:
-            examples = self._calibration(tokenizer)
-            batches = batches_of(examples, settings.calibration_batch, pad_id_of(tokenizer))
-            self.tell(
-                f"factorize: calibration on {len(examples) * distributed.world_size()} prompts"
-            )
+        batches = self._calibration("factorize", tokenizer) if recipe.needs_calibration else []
         reports = factorize(
-            teacher,
+            start,
             result,
             recipe,
             batches,
             tokenizer=tokenizer,
             dtype=self.dtype,
             tell=self.tell,
+            keep_origin=start != teacher,
         )
-        counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": result})
+        folders = {"teacher": teacher, "student": result}
+        if start != teacher:
+            folders["shaped"] = start
+        counts = distributed.on_main(counts_of_folders, folders)
         report = {
             **settings.model_dump(),
             "matrices": [r.__dict__ for r in reports],
@@ -343,7 +384,7 @@ class Run:
         if distributed.is_main():
             show(factorization_table(report))
 
-    def _calibration(self, tokenizer: Any) -> list[Example]:
+    def _calibration(self, stage: str, tokenizer: Any) -> list[Batch]:
         """This rank's training examples for calibration; the same number on every rank."""
         prompts = build_prompts(self.config.data, tokenizer)
         wanted, world = self.config.student.calibration_records, distributed.world_size()
@@ -352,14 +393,16 @@ class Run:
         pairs = usable_examples(prompts, records, self.config.data.on_bad_record, unusable)
         examples = [example for _, example in islice(pairs, wanted)]
         if skipped := describe_skipped(records.skipped + unusable):
-            self.tell(f"factorize: {skipped}")
+            self.tell(f"{stage}: {skipped}")
         usable = len(examples) // world * world
         if usable == 0:
             raise UserError(
                 f"{self.config.data.source}: {len(examples)} usable records cannot calibrate "
                 f"{world} ranks; give more, or use fewer ranks"
             )
-        return examples[distributed.rank() : usable : world]
+        self.tell(f"{stage}: calibration on {usable} prompts")
+        mine = examples[distributed.rank() : usable : world]
+        return batches_of(mine, self.config.student.calibration_batch, pad_id_of(tokenizer))
 
     def _evaluate(self, teacher: Path, factorized: Path, student: Path) -> None:
         asked = self.config.evaluation

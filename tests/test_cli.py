@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
+from makd_llm.checkpoint.folder import read_config
 from makd_llm.checks import check_teacher
 from makd_llm.cli import main
 from makd_llm.config import DataConfig, RunConfig
 from makd_llm.models.modeling_lowrank import lowrank_config
+from makd_llm.models.origin import origin_of
 
 ZERO3 = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json")
 
@@ -54,7 +56,11 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--ds", ZERO3, "evaluation.text=/no/such.txt"], "/no/such.txt: cannot be"),
         (
             ["train", "--ds", ZERO3, "--until", "dinner"],
-            "--until dinner: not one of sft, factorize",
+            "--until dinner: not one of sft, shape, factorize",
+        ),
+        (
+            ["train", "--ds", ZERO3, "--until", "shape"],
+            "student.depth, student.width and student.heads are all null",
         ),
         (["factorize", "nowhere/at/all", "--out", "o"], "nowhere/at/all: no such folder"),
         (["factorize", "x", "--out", "o", "--keep", "0"], "keep_ratio"),
@@ -146,6 +152,59 @@ def test_a_missing_validation_split_is_found_before_anything_is_trained(
     said = ended(capsys, "train", "--ds", ZERO3, *overrides, *sizes)
     assert "no file for the split 'validation'" in said
     assert not (tmp_path / "run" / "stages.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("student.depth.layers=5", "student.depth.layers is 5, but the teacher has 4"),
+        ("student.width.hidden=64", "student.width.hidden is 64, but the teacher has 32"),
+        ("student.heads.key_value=3", "student.heads.key_value is 3, but the teacher has 2"),
+    ],
+)
+def test_a_shape_that_the_teacher_cannot_get_is_found_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    overrides = (f"teacher.model={tiny / 'teacher'}", f"data.source={tiny}", "data.max_length=64")
+    sizes = ("evaluation.max_new_tokens=8", f"run_dir={tmp_path / 'run'}", "sft.enabled=true")
+    assert words in ended(capsys, "train", "--ds", ZERO3, *overrides, *sizes, override)
+    assert not (tmp_path / "run" / "stages.json").exists()
+
+
+def test_shape_and_factorize_run_and_stand(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    call = [
+        *("train", "--ds", ZERO3, f"teacher.model={tiny / 'teacher'}", f"data.source={tiny}"),
+        *("data.max_length=64", "evaluation.max_new_tokens=8", f"run_dir={run_dir}"),
+        *("sft.enabled=false", "student.rank_multiple=4", "student.calibration_records=8"),
+        *("student.depth={layers: 2, choose: ild}", "student.heads.key_value=1"),
+    ]
+    main([*call, "--until", "shape"])
+    printed = capsys.readouterr().out
+    assert "shape: calibration on 8 prompts" in printed
+    assert (run_dir / "shaped" / "tokenizer.json").exists()
+    assert not (run_dir / "factorized").exists()
+    main([*call, "--until", "factorize"])
+    printed = capsys.readouterr().out
+    assert f"shape: stands in {run_dir / 'shaped'}" in printed
+    assert "factorize: calibration on 8 prompts" in printed
+    student = read_config(run_dir / "factorized")
+    origin = origin_of(student)
+    assert origin is not None and origin == origin_of(read_config(run_dir / "shaped"))
+    assert len(origin.layers) == student.num_hidden_layers == 2 and origin.teacher_layers == 4
+    assert student.num_key_value_heads == 1
+    report = json.loads((run_dir / "factorization.json").read_text())
+    counts = {name: count["blocks"] for name, count in report["parameters"].items()}
+    assert counts["teacher"] > counts["shaped"] > counts["student"]
+    main([*call, "--until", "factorize"])
+    printed = capsys.readouterr().out
+    assert "shape: stands in" in printed and "factorize: stands in" in printed
+    main([*call, "student.depth.choose=even", "--until", "factorize"])
+    printed = capsys.readouterr().out
+    assert "shape: runs again, because student.depth.choose changed from 'ild' to" in printed
+    assert "factorize: runs again, because the stage before it changed" in printed
 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:

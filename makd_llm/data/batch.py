@@ -9,6 +9,8 @@ one.
 Shapes: B records, T tokens of the longest record (rounded up to `multiple_of`).
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -120,6 +122,12 @@ def collate(
 def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
     """The examples in their order, `size` to a batch; the last may be smaller."""
     return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """A short name of the tokens of these batches."""
+    ids = [batch.input_ids_BT.tolist() for batch in batches]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:

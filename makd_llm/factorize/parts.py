@@ -1,6 +1,6 @@
-"""What a factorization has finished, on disk: every matrix is kept as soon as it is done.
+"""What a stage has finished, on disk: of a factorization, every matrix as soon as it is done.
 
-An interrupted factorization goes on from its parts if it is started again with the same teacher,
+An interrupted one goes on from its parts if it is started again with the same teacher,
 recipe and calibration text; anything else clears them.
 """
 
@@ -20,12 +20,14 @@ from makd_llm.files import write_whole
 class Parts:
     """A folder of small safetensors files, shared by all ranks."""
 
-    def __init__(self, folder: Path, key: str, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, key: str, tell: Callable[[str], None], stage: str = "factorize"
+    ) -> None:
         """key: all that the parts depend on, as text. Collective."""
         self.folder = folder
         kept = distributed.on_main(self._keep_or_clear, key)
         if kept:
-            tell(f"factorize: goes on from {kept} parts of an interrupted one")
+            tell(f"{stage}: goes on from {kept} parts of an interrupted one")
 
     def _keep_or_clear(self, key: str) -> int:
         path = self.folder / "key.json"

@@ -13,7 +13,6 @@ batches' hidden states; never a model. The ranks must see the same file system, 
 checkpoints.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from makd_llm import distributed
 from makd_llm.checkpoint.export import expected_shapes, write_model
 from makd_llm.checkpoint.folder import TensorReader, check_target, read_config
-from makd_llm.data.batch import Batch
+from makd_llm.data.batch import Batch, digest_of
 from makd_llm.errors import UserError
 from makd_llm.factorize import decompose
 from makd_llm.factorize.calibration import (
@@ -60,6 +59,7 @@ from makd_llm.factorize.student_stream import (
 from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
 from makd_llm.models.modeling_lowrank import lowrank_config
+from makd_llm.models.origin import clear_origin
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def factorize(
     dtype: torch.dtype,
     components: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    keep_origin: bool = True,
 ) -> list[MatrixReport]:
     """Writes the factorized student's folder; returns a report per matrix, the same on every rank.
 
@@ -135,10 +136,14 @@ def factorize(
     needs none. dtype: in which the layers run; the student is stored in the teacher's own.
     components: a folder where all components are left, so that other ratios and budgets need no
     new calibration (about twice the teacher's bf16 size); None: they are removed at the end.
+    keep_origin: the student inherits what the teacher's config says of an origin; False where it is
+    this teacher that the student will be compared with.
     Collective. Raises UserError for an unknown architecture, a damaged folder, too little
     calibration text, or a budget that no ranks meet.
     """
     work = _Work(teacher, student, recipe, batches, dtype, components, tell)
+    if not keep_origin:
+        clear_origin(work.config)
     ranks = work.ranks()
     if recipe.on_stream:
         walk, parts = work.walk, (work.components, work.factors)
@@ -172,7 +177,7 @@ class _Work:
         self._check_calibration()
         depends_on = {
             "teacher": distributed.on_main(sample_of_folder, teacher),
-            "batches": distributed.gather_objects(_digest(batches)),
+            "batches": distributed.gather_objects(digest_of(batches)),
             "dtype": str(dtype),
         }
         self.scratch = student.with_name(f".{student.name}.parts")
@@ -314,8 +319,3 @@ class _Work:
         refined = self.factors.read(refined_part(job.layer))
         name = job.matrix.module + job.prefix.removeprefix(job.name)
         return refined[f"{name}.down"], refined[f"{name}.up"]
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    ids = [batch.input_ids_BT.tolist() for batch in batches]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]

@@ -49,5 +49,11 @@ def set_origin(config: PreTrainedConfig, origin: Origin) -> None:
     setattr(config, KEY, asdict(origin))
 
 
+def clear_origin(config: PreTrainedConfig) -> None:
+    """Makes a config say that it has its teacher's shape."""
+    if hasattr(config, KEY):
+        delattr(config, KEY)
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value

@@ -28,6 +28,7 @@ from makd_llm.models.projections import Point, Projection
 from makd_llm.objectives.combine import ModelLevel, Objectives
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_term
+from makd_llm.reshape.reshape import Depth, Heads, Shape, Width
 from makd_llm.train.levels import LevelBalance
 
 
@@ -96,6 +97,17 @@ def build_recipe(student: StudentConfig) -> Recipe:
         rank_multiple=student.rank_multiple,
         limits=dict(student.limits.items()),
         refine=Refinement(**student.refine.model_dump()) if student.refine else None,
+    )
+
+
+def build_shape(student: StudentConfig) -> Shape | None:
+    """The shape that the student is to get; None: the teacher's."""
+    if student.depth is None and student.width is None and student.heads is None:
+        return None
+    return Shape(
+        depth=Depth(**student.depth.model_dump()) if student.depth else None,
+        width=Width(**student.width.model_dump()) if student.width else None,
+        heads=Heads(**student.heads.model_dump()) if student.heads else None,
     )
 
 

@@ -18,7 +18,7 @@ CHANNELS = tuple(c for c in range(32) if c % 4 != 1)
 NEURONS = tuple(tuple(n for n in range(48) if n % 6 != layer) for layer in (0, 2, 3))
 HEADS = ((2, 0, 3, 1), (0, 1, 2, 3), (3, 1, 0, 2))
 ORIGIN = Origin((0, 2, 3), 4, CHANNELS, NEURONS, HEADS, (((0, 1),),) * 3)
-MODULES = {matrix.role: matrix.module for matrix in FAMILIES["llama"].matrices}
+MODULES = {matrix.role: matrix.module for matrix in FAMILIES["llama"].dense}
 
 
 def rows_of(heads: tuple[int, ...]) -> list[int]:
