@@ -125,6 +125,10 @@ def factorize(
     refine: Annotated[
         int, typer.Option("--refine", help="Epochs of local training of each layer afterwards.")
     ] = 0,
+    embedding: Annotated[
+        float | None,
+        typer.Option(help="Share of the embedding (and head) to keep; default: all, dense."),
+    ] = None,
     stages: Annotated[
         bool,
         typer.Option(
@@ -163,6 +167,7 @@ def factorize(
             "budget": budget,
             "rank_multiple": rank_multiple,
             "refine": {"epochs": refine} if refine else None,
+            "embedding": embedding,
         },
     )
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}

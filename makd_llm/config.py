@@ -176,6 +176,8 @@ class StudentConfig(Section):
     limits: dict[Role, tuple[Fraction, Fraction]] = {}
     """Role -> the least and the largest share of such a matrix that may be kept."""
     refine: RefineConfig | None = None
+    embedding: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Parameters kept in the embedding, and in a head that is not tied to it; null: all."""
     calibration_records: Positive = 256
     calibration_batch: Positive = 8
 

@@ -183,7 +183,9 @@ def _measured(
             "teacher": found.teacher,
             "student": found.student,
         },
-        "matrix_residuals": [found.matrix[m.layer, m.key] for m in matrices],
+        "matrix_residuals": [
+            None if m.layer is None else found.matrix[m.layer, m.key] for m in matrices
+        ],
         "layer_residuals": found.layer,
     }
 

@@ -229,7 +229,7 @@ def _merged_tensors(
         if layout is not None:
             parts = [f"{module}.parts.{part}" for part in range(len(layout.widths))]
         weight = _joined(layout, [_dense(reader, part) for part in parts])
-        yield f"{module}.weight", weight.T if transposed[module] else weight
+        yield f"{module}.weight", weight.T if transposed.get(module, False) else weight
         if f"{parts[0]}.bias" in reader:
             yield f"{module}.bias", _joined(layout, [reader.get(f"{p}.bias") for p in parts])
 

@@ -31,6 +31,8 @@ FAR_BELOW, OVERSAMPLED, ITERATIONS = 8, 16, 6
 """A randomized decomposition where the rank, with so many vectors more, is at most an eighth of the
 size; so many rounds of subspace iteration.
 """
+ROWS = 8192
+"""Of a tall matrix, read together."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,36 @@ def refitted(
     whole = float(((weight_MK @ (teacher_KK.double() + alone_KK)) * weight_MK).sum())
     lost = max(whole - float(found.discarded[0]), 0.0)
     return replace(found, discarded=found.discarded + lost)
+
+
+def tall(
+    weight_VD: Tensor, metric_DD: Tensor, rank: int, row_weight_V: Tensor | None = None
+) -> Factors:
+    """The best pair for |diag(w)^1/2 (W - up down) S|_F with S S^T = metric, for a matrix with far
+    more rows than columns, of which only a block of rows is in float64 at a time.
+
+    row_weight_V: w, of each row; None: 1.
+    """
+    root = whitening_root(metric_DD)
+    gram_DD = root.s_KK.T @ tall_gram(weight_VD, row_weight_V) @ root.s_KK
+    v_DR, left = _spectrum((gram_DD + gram_DD.T) / 2, rank)
+    up_DR = root.s_KK @ v_DR
+    up_VR = torch.cat([(block.double() @ up_DR).float() for block in weight_VD.split(ROWS)])
+    found = _balanced(root.divide(v_DR.T), up_VR, left)
+    return found.first(rank)
+
+
+def tall_gram(weight_VD: Tensor, row_weight_V: Tensor | None = None) -> Tensor:
+    """W^T diag(w) W, (D, D) in float64."""
+    width = weight_VD.shape[1]
+    gram_DD = weight_VD.new_zeros(width, width, dtype=torch.float64)
+    for start in range(0, len(weight_VD), ROWS):
+        block_vD = weight_VD[start : start + ROWS].double()
+        scaled_vD = block_vD
+        if row_weight_V is not None:
+            scaled_vD = row_weight_V[start : start + ROWS, None].to(block_vD) * block_vD
+        gram_DD.addmm_(scaled_vD.T, block_vD)
+    return gram_DD
 
 
 def whitening_root(covariance_KK: Tensor) -> Root:

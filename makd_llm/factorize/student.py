@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from makd_llm import distributed
@@ -52,9 +52,17 @@ from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.student_stream import (
     STUDENT_STREAM_METHODS,
     StudentStream,
+    as_tensors,
     factors_part,
     read_factors,
     refined_part,
+)
+from makd_llm.factorize.vocabulary import (
+    hidden_covariance,
+    token_counts,
+    vocabulary_factors,
+    vocabulary_modules,
+    vocabulary_ranks,
 )
 from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
@@ -74,6 +82,8 @@ class Recipe:
         rank_multiple: ranks are multiples of it.
         limits: role -> the least and the largest share of a matrix that may be kept.
         refine: training of each layer after its truncation, or None.
+        embedding: share of the embedding's numbers that is kept, and of an untied head's; None:
+            they stay dense.
     """
 
     keep_ratio: float
@@ -82,6 +92,7 @@ class Recipe:
     rank_multiple: int = 16
     limits: Limits = field(default_factory=dict)
     refine: Refinement | None = None
+    embedding: float | None = None
 
     @property
     def on_stream(self) -> bool:
@@ -103,7 +114,8 @@ class Recipe:
 class MatrixReport:
     """What became of one matrix.
 
-    key: its name within its layer; the role, with an expert's number behind it.
+    key: its name within its layer; the role, with an expert's number behind it. layer: None for the
+    embedding and the head.
     rank: None where it stayed dense. residual: the relative error of the truncation, by the
     method's own measure; for `whitened` that of the outputs on the calibration text.
     """
@@ -111,7 +123,7 @@ class MatrixReport:
     name: str
     role: str
     key: str
-    layer: int
+    layer: int | None
     rows: int
     columns: int
     rank: Rank
@@ -147,7 +159,8 @@ def factorize(
     ranks = work.ranks()
     if recipe.on_stream:
         walk, parts = work.walk, (work.components, work.factors)
-        StudentStream(walk, *parts, recipe.method, recipe.refine).run(work.jobs, ranks)
+        stream = StudentStream(walk, *parts, recipe.method, recipe.refine, work.embedding())
+        stream.run(work.jobs, ranks)
     reports = distributed.on_main(work.reports, ranks)
     distributed.on_main(work.assemble, ranks, tokenizer)
     return reports
@@ -174,6 +187,11 @@ class _Work:
         self.config = read_config(teacher)
         self.reader = TensorReader(teacher)
         self.jobs = jobs_of(self.reader, self.config)
+        self.vocabulary: dict[str, int] = {}
+        if recipe.embedding is not None:
+            self.vocabulary = vocabulary_ranks(
+                self.reader, self.config, recipe.embedding, recipe.rank_multiple
+            )
         self._check_calibration()
         depends_on = {
             "teacher": distributed.on_main(sample_of_folder, teacher),
@@ -216,6 +234,7 @@ class _Work:
         uniform = uniform_ranks(
             shapes, recipe.keep_ratio, multiple=recipe.rank_multiple, limits=recipe.limits
         )
+        self._decompose_vocabulary()
         if recipe.budget == "uniform" and recipe.method in STUDENT_STREAM_METHODS:
             return uniform
         self._decompose()
@@ -265,6 +284,32 @@ class _Work:
             self._decompose_weights(left, row_fisher(self.walk) if method == "fwsvd" else None)
         distributed.barrier()  # the parts of every rank are read next
 
+    def _decompose_vocabulary(self) -> None:
+        """The factors of the embedding and the head, where they are asked for."""
+        missing = self.factors.missing([f"{name}.factors" for name in self.vocabulary])
+        if not missing:
+            return
+        hidden_DD = counts_V = None
+        if self.recipe.needs_calibration:
+            hidden_DD = hidden_covariance(self.walk)
+            counts_V = token_counts(self.batches, self.config.vocab_size)
+        for number, (name, rank) in enumerate(self.vocabulary.items()):
+            if f"{name}.factors" in missing and number % distributed.world_size() == (
+                distributed.rank()
+            ):
+                found = vocabulary_factors(
+                    self.reader, self.config, name, rank, hidden_DD, counts_V
+                )
+                self.factors.write(f"{name}.factors", as_tensors(found))
+        distributed.barrier()
+
+    def embedding(self) -> nn.Module | None:
+        """The student's embedding, in the layers' dtype; None where it is the teacher's."""
+        name = self.walk.family.embedding
+        if name not in self.vocabulary:
+            return None
+        return self.walk.factored_embedding(self.factors.read(f"{name}.factors"))
+
     def _decompose_weights(self, left: Sequence[Job], fisher: PerMatrix | None) -> None:
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(self.reader, job).to(distributed.device())
@@ -282,6 +327,16 @@ class _Work:
             residual = 0.0 if rank is None else self._residual(job, rank)
             size = (shape.rows, shape.columns)
             found.append(MatrixReport(job.name, shape.role, key, job.layer, *size, rank, residual))
+        return found + self._vocabulary_reports()
+
+    def _vocabulary_reports(self) -> list[MatrixReport]:
+        found = []
+        for role, name in vocabulary_modules(self.config).items():
+            if name in self.vocabulary:
+                rows, columns = self.reader.shape(f"{name}.weight")
+                residual = float(self.factors.read(f"{name}.factors")["residual"])
+                size = (rows, columns, self.vocabulary[name])
+                found.append(MatrixReport(name, role, role, None, *size, residual))
         return found
 
     def _residual(self, job: Job, rank: int) -> float:
@@ -296,7 +351,8 @@ class _Work:
         generation = None
         if (self.teacher / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(self.teacher, local_files_only=True)
-        config = lowrank_config(self.config, lowrank_of(self.jobs, ranks))
+        lowrank = lowrank_of(self.jobs, ranks) | self.vocabulary
+        config = lowrank_config(self.config, lowrank)
         write_model(self.student, config, self._tensors(config, ranks), generation, tokenizer)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -307,6 +363,10 @@ class _Work:
         for name in expected_shapes(config):
             if name.rpartition(".")[0].partition(".parts.")[0] not in factored:
                 yield name, self.reader.get(name)
+        for name in self.vocabulary:
+            dtype = self.reader.get(f"{name}.weight").dtype
+            tensors = self.factors.read(f"{name}.factors")
+            yield from ((f"{name}.{leaf}", tensors[leaf].to(dtype)) for leaf in ("down", "up"))
         for job, rank in zip(self.jobs, ranks, strict=True):
             if job.name in factored:
                 factors = None if rank is None else self._factors(job, rank)

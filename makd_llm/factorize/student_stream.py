@@ -43,6 +43,7 @@ def refined_part(layer: int) -> str:
 class StudentStream:
     """Builds a student's layers. method: `sequential` and `refitted` decompose anew; any other
     takes the components that calibration kept, to be refined. factors: where what is made goes.
+    embedding: the student's, where it is not the teacher's.
     """
 
     walk: Walk
@@ -50,12 +51,13 @@ class StudentStream:
     factors: Parts
     method: str
     refinement: Refinement | None
+    embedding: nn.Module | None = None
 
     def run(self, jobs: Sequence[Job], ranks: Sequence[Rank]) -> None:
         """Every matrix of every layer; what it makes is in `factors`. Collective."""
         walk = self.walk
-        student = walk.embedded()
-        teacher = list(student)
+        teacher = walk.embedded()
+        student = list(teacher) if self.embedding is None else walk.embedded(self.embedding)
         with progress("factorize: student's layers", len(walk)) as advance:
             for index in range(len(walk)):
                 own = [(j, r) for j, r in zip(jobs, ranks, strict=True) if j.layer == index]
@@ -158,12 +160,7 @@ class StudentStream:
         else:
             found = decompose.whitened(weight_MK, sums["student"])
         factors: Factors = found.first(rank)
-        tensors = {
-            "down": factors.down_RK.float(),
-            "up": factors.up_MR.float(),
-            "residual": torch.tensor([factors.residual], dtype=torch.float64),
-        }
-        self.factors.write(factors_part(job), tensors)
+        self.factors.write(factors_part(job), as_tensors(factors))
 
     def _refine(
         self,
@@ -191,6 +188,15 @@ class StudentStream:
 
 def _factors_in(layer: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in layer.named_parameters() if n.endswith((".down", ".up"))]
+
+
+def as_tensors(factors: Factors) -> dict[str, Tensor]:
+    """A factor pair as a part keeps it."""
+    return {
+        "down": factors.down_RK.float(),
+        "up": factors.up_MR.float(),
+        "residual": torch.tensor([factors.residual], dtype=torch.float64),
+    }
 
 
 def read_factors(parts: Parts, job: Job, rank: int, *, anew: bool) -> tuple[Tensor, Tensor]:

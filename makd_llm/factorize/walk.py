@@ -14,9 +14,9 @@ costs. Experts have modules of their own here, also a teacher's.
 # B batch, T tokens, D width
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,12 @@ from makd_llm.data.batch import Batch
 from makd_llm.errors import UserError
 from makd_llm.models.capture import attention_of
 from makd_llm.models.families import Matrix, family_of
-from makd_llm.models.modeling_lowrank import model_class_for, unstack_experts
+from makd_llm.models.modeling_lowrank import (
+    LowRankEmbedding,
+    model_class_for,
+    multiply_factors,
+    unstack_experts,
+)
 
 Stream = list[Tensor]
 """Hidden states (B, T, D) of every batch between two layers, on the CPU."""
@@ -103,8 +108,15 @@ class Walk:
         self.fill(layer, f"{self.family.layers}.{index}")
         return layer.to(self.device)
 
-    def embedded(self) -> Stream:
-        """What the first layer reads."""
+    def embedded(self, embedding: nn.Module | None = None) -> Stream:
+        """What the first layer reads; embedding: in the place of the model's own."""
+        if embedding is not None:
+            own = self._backbone.get_input_embeddings()
+            self._backbone.set_input_embeddings(embedding)
+            try:
+                return self.embedded()
+            finally:
+                self._backbone.set_input_embeddings(own)
 
         def stop(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> None:
             raise Reached(hidden_BTD)
@@ -143,13 +155,24 @@ class Walk:
 
             yield self._run(len(self) - 1, work, batch)
 
+    def factored_embedding(self, factors: Mapping[str, Tensor]) -> nn.Module:
+        """A factored one in the shape of the model's embedding; factors: `up` and `down`."""
+        dense = cast(nn.Embedding, self._backbone.get_input_embeddings())
+        factored = LowRankEmbedding.like(dense, len(factors["down"]))
+        factored.load_state_dict({leaf: factors[leaf] for leaf in ("up", "down")})
+        return factored.requires_grad_(False).to(self.device, self.dtype)
+
     def output_weight(self) -> Tensor:
         """The head's weight (V, D), on the device."""
-        name = f"{self.family.head}.weight"
-        if name in self.reader:
-            return self.reader.get(name).to(self.device, self.dtype)
-        embedding: Tensor = self._backbone.get_input_embeddings().weight
-        return embedding.detach()
+        for name in (self.family.head, self.family.embedding):
+            if f"{name}.weight" in self.reader:
+                return self.reader.get(f"{name}.weight").to(self.device, self.dtype)
+            if f"{name}.up" in self.reader:
+                up_VR, down_RD = (
+                    self.reader.get(f"{name}.{leaf}").to(self.device) for leaf in ("up", "down")
+                )
+                return multiply_factors(up_VR, down_RD).to(self.dtype)
+        raise UserError(f"{self.reader.folder}: neither the head's weight nor the embedding's")
 
     def nats(self, hidden_BTD: Tensor, batch: Batch, weight_VD: Tensor) -> Tensor:
         """(N,) fp32: the cross-entropy of each target of a batch, for its last hidden states."""

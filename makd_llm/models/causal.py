@@ -9,13 +9,15 @@ not), so under ZeRO-3 it is gathered for the head's forward and for nothing else
 # B batch, T tokens, V vocabulary, D width
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from makd_llm.data.batch import Batch
 from makd_llm.models.families import Family
+from makd_llm.models.modeling_lowrank import LowRankLinear
 from makd_llm.models.projections import Projections
 from makd_llm.shown import Shown
 
@@ -24,13 +26,21 @@ AtHead = Callable[[Tensor, Tensor], Any]
 
 
 class Head(nn.Module):
-    """Owner of the output weight. Calls `at_head(hidden_BTD, weight_VD)` while it is whole."""
+    """Owner of the output weight. Calls `at_head(hidden_BTD, weight_VD)` while it is whole.
 
-    def __init__(self, weight_VD: nn.Parameter) -> None:
+    Of a factored head `at_head` sees what `down` makes of the hidden states, and `up`: R in the
+    place of D, and no product of the two.
+    """
+
+    def __init__(self, head: nn.Linear | LowRankLinear) -> None:
         super().__init__()
-        self.weight = weight_VD
+        factored = isinstance(head, LowRankLinear)
+        self.weight = cast(nn.Parameter, head.up if factored else head.weight)
+        self.down = cast(nn.Parameter, head.down) if factored else None
 
     def forward(self, hidden_BTD: Tensor, at_head: AtHead) -> Any:
+        if self.down is not None:
+            hidden_BTD = F.linear(hidden_BTD, self.down)
         return at_head(hidden_BTD, self.weight)
 
 
@@ -45,7 +55,7 @@ class CausalModel(nn.Module):
         super().__init__()
         self.model = model
         self.family = family
-        self.head = Head(model.get_output_embeddings().weight)
+        self.head = Head(cast(nn.Linear | LowRankLinear, model.get_output_embeddings()))
         self.projections: Projections | None = None
 
     def forward(

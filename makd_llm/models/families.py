@@ -71,8 +71,9 @@ class Family:
         model_type: transformers' name of the architecture.
         causal_lm: name of the causal language model class in transformers.
         dense: the matrices of a decoder layer without experts.
-        layers, backbone, head: dotted paths of the decoder layers, of the model without its head,
-            and of the output projection, relative to the causal language model.
+        layers, backbone, head, embedding: dotted paths of the decoder layers, of the model without
+            its head, of the output projection, and of the tokens' embedding, relative to the causal
+            language model.
         experts: layers may have a mixture of experts in the place of the feed-forward matrices.
         shared_expert: such a layer has one more expert, which every token goes through.
     """
@@ -83,6 +84,7 @@ class Family:
     layers: str = "model.layers"
     backbone: str = "model"
     head: str = "lm_head"
+    embedding: str = "model.embed_tokens"
     experts: bool = False
     shared_expert: bool = False
 
@@ -200,13 +202,20 @@ _KNOWN = (
     Family("gemma3_text", "Gemma3ForCausalLM", _LLAMA_MATRICES),
     Family("olmo2", "Olmo2ForCausalLM", _LLAMA_MATRICES),
     Family("phi3", "Phi3ForCausalLM", _PHI3_MATRICES),
-    Family("opt", "OPTForCausalLM", _OPT_MATRICES, layers="model.decoder.layers"),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        _OPT_MATRICES,
+        layers="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+    ),
     Family(
         "gpt_neox",
         "GPTNeoXForCausalLM",
         _fused_by_head("attention"),
         layers="gpt_neox.layers",
         backbone="gpt_neox",
+        embedding="gpt_neox.embed_in",
     ),
     Family(
         "falcon",
@@ -214,6 +223,7 @@ _KNOWN = (
         _fused_by_head("self_attention"),
         layers="transformer.h",
         backbone="transformer",
+        embedding="transformer.word_embeddings",
     ),
     Family(
         "gpt2",
@@ -221,6 +231,7 @@ _KNOWN = (
         _GPT2_MATRICES,
         layers="transformer.h",
         backbone="transformer",
+        embedding="transformer.wte",
     ),
     Family("mixtral", "MixtralForCausalLM", _LLAMA_MATRICES, experts=True),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", _LLAMA_MATRICES, experts=True, shared_expert=True),

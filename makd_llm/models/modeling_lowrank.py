@@ -8,6 +8,7 @@ by such pairs; the config's `lowrank` says which, and with what rank:
     {"model.layers.0.self_attn.q_proj": 96, ...}        one matrix per module
     {"transformer.h.0.attn.c_attn": [64, 64, 96], ...}  q, k, v fused in one module, as in GPT-2
     {"model.layers.0.mlp.experts.3.gate_proj": 64, ...} one matrix of one expert
+    {"model.embed_tokens": 256, ...}                    the embedding, and with it a head tied to it
 
 A module that is absent from it stays dense, and so does a part of a fused one whose rank is null.
 transformers keeps the experts of a layer stacked in two tensors; here every expert has modules of
@@ -126,6 +127,42 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}"
         )
+
+
+class LowRankEmbedding(nn.Module):
+    """A row of `up` for each token, times `down`: the factored form of `nn.Embedding`.
+
+    Parameters: `up` (V, R) and `down` (R, D), as a `LowRankLinear` with V outputs has them, so that
+    a head may be tied to it. scale: what the embeddings are multiplied by, as in Gemma 2 and 3.
+    """
+
+    def __init__(
+        self, tokens: int, width: int, rank: int, padding: int | None = None, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.padding, self.scale, self.rank = padding, scale, rank
+        self.up = nn.Parameter(torch.empty(tokens, rank))
+        self.down = nn.Parameter(torch.empty(rank, width))
+        self.reset_parameters(std=1.0)
+
+    @classmethod
+    def like(cls, dense: nn.Embedding, rank: int) -> "LowRankEmbedding":
+        """One of this rank, with random factors, for a dense one."""
+        scale = float(getattr(dense, "scalar_embed_scale", 1.0))
+        tokens, width = dense.num_embeddings, dense.embedding_dim
+        return cls(tokens, width, rank, dense.padding_idx, scale)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Random factors whose product has entries of standard deviation `std`."""
+        factor_std = (std * self.rank**-0.5) ** 0.5
+        init.normal_(self.up, mean=0.0, std=factor_std)
+        init.normal_(self.down, mean=0.0, std=factor_std)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) to (..., D)."""
+        rows = F.embedding(ids, self.up, self.padding) @ self.down
+        return rows if self.scale == 1.0 else rows * rows.new_tensor(self.scale)
 
 
 class Fused(NamedTuple):
@@ -305,22 +342,36 @@ class _LowRankCausalLM(PreTrainedModel):
         unstack_experts(self)
         for name, ranks in (config.lowrank or {}).items():
             factor_module(self, name, ranks, fused_layout(config, name))
+        if config.tie_word_embeddings:
+            self._tie_factors()
         # Under deepspeed.zero.Init parameters refer to themselves: without this, the shards of the
         # replaced matrices would live until some later collection.
         gc.collect()
         self.post_init()
+
+    def _tie_factors(self) -> None:
+        """Gives a head that is tied to a factored embedding the same factors."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, LowRankEmbedding):
+            return
+        names = {module: name for name, module in self.named_modules()}
+        (tokens, rank), width = embedding.up.shape, embedding.down.shape[1]
+        self.set_output_embeddings(LowRankLinear(width, tokens, rank, bias=False))
+        self._tied_weights_keys = {
+            f"{names[head]}.{leaf}": f"{names[embedding]}.{leaf}" for leaf in ("up", "down")
+        }
 
     @torch.no_grad()
     @init.guard_torch_init_functions()
     def initialize_weights(self) -> None:
         # The backbone is a model of its own and would not ask this class how to fill our modules.
         for module in self.modules():
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, LowRankLinear | LowRankEmbedding):
                 self._initialize_weights(module)
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear | LowRankEmbedding):
             # OPT's config has another name for it.
             std = getattr(self.config, "initializer_range", None) or self.config.init_std
             module.reset_parameters(std=std)
@@ -339,6 +390,9 @@ def factor_module(model: nn.Module, name: str, ranks: Ranks, layout: Fused | Non
         dense = getattr(parent, child)
     except AttributeError as error:
         raise ValueError(f"config.lowrank names {name!r}, which the model lacks") from error
+    if isinstance(dense, nn.Embedding) and isinstance(ranks, int):
+        setattr(parent, child, LowRankEmbedding.like(dense, ranks))
+        return
     if isinstance(dense, nn.Linear):
         in_features, out_features = dense.in_features, dense.out_features
     elif isinstance(dense, Conv1D):

@@ -24,6 +24,7 @@ def factorization_card(report: Mapping[str, Any]) -> str:
         "method": recipe["method"] + (f", refined ({_words(refine)})" if refine else ""),
         "budget": f"{recipe['budget']}, keep_ratio {recipe['keep_ratio']:g}, "
         f"ranks in multiples of {recipe['rank_multiple']}",
+        **({"embedding": f"{recipe['embedding']:.0%} kept"} if recipe["embedding"] else {}),
         "calibration": f"{report['calibration']['tokens']:,} tokens of "
         f"{report['calibration']['data']}"
         if report["calibration"]["tokens"]

@@ -18,8 +18,9 @@ def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
     import numpy as np
 
     matrices, held_out = report["matrices"], report.get("held_out")
-    roles = list(dict.fromkeys(m["role"] for m in matrices))
-    n_layers = 1 + max(m["layer"] for m in matrices)
+    in_layers = [m for m in matrices if m["layer"] is not None]
+    roles = list(dict.fromkeys(m["role"] for m in in_layers))
+    n_layers = 1 + max(m["layer"] for m in in_layers)
     residuals = held_out["matrix_residuals"] if held_out else [m["residual"] for m in matrices]
     panels = {
         "share of parameters kept": [kept_share(m) for m in matrices],
@@ -31,7 +32,7 @@ def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
     for axis, (title, values) in zip(axes, panels.items(), strict=False):
         found: dict[tuple[int, int], list[float]] = {}
         for matrix, value in zip(matrices, values, strict=True):
-            if value is not None:
+            if value is not None and matrix["layer"] is not None:
                 place = (matrix["layer"], roles.index(matrix["role"]))
                 found.setdefault(place, []).append(value)
         cells = np.full((n_layers, len(roles)), np.nan)

@@ -137,7 +137,7 @@ def rank_table(report: Mapping[str, Any]) -> Table:
     """The rank of every matrix, a row for each layer; the colour says what share of it is kept.
     Experts of a layer stand together: from the least rank to the largest.
     """
-    matrices = report["matrices"]
+    matrices = [m for m in report["matrices"] if m["layer"] is not None]
     roles = list(dict.fromkeys(m["role"] for m in matrices))
     places: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for matrix in matrices:

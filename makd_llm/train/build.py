@@ -97,6 +97,7 @@ def build_recipe(student: StudentConfig) -> Recipe:
         rank_multiple=student.rank_multiple,
         limits=dict(student.limits.items()),
         refine=Refinement(**student.refine.model_dump()) if student.refine else None,
+        embedding=student.embedding,
     )
 
 

@@ -25,6 +25,8 @@ ORIGIN = Origin(
 )
 RESHAPED = Pairing(STUDENT, TEACHER, ORIGIN)
 
+DISTILLED = [name for name, family in FAMILIES.items() if not family.experts]
+
 
 @pytest.mark.parametrize(
     ("layer_map", "matrix", "hidden"),
@@ -99,11 +101,11 @@ def test_inputs_are_picked_by_channels_heads_and_neurons() -> None:
         elsewhere.input_selection(1, "down")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTILLED)
 def test_a_student_of_the_teachers_shape_has_nothing_picked_or_projected(family: str) -> None:
     config = tiny_config(family)
     same = pair(config, tiny_config(family))
-    roles = [matrix.role for matrix in FAMILIES[family].matrices]
+    roles = FAMILIES[family].roles
     assert same.teacher_layers([0, 1]) == same.teacher_layers([0, 1], hidden=True) == [0, 1]
     assert same.heads(0) is None
     for role in (*roles, HIDDEN):
@@ -111,7 +113,7 @@ def test_a_student_of_the_teachers_shape_has_nothing_picked_or_projected(family:
     assert not any(same.input_selection(0, role) for role in roles)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTILLED)
 def test_sizes_are_those_of_the_modules(family: str) -> None:
     from makd_llm.models.families import part_of
     from makd_llm.models.modeling_lowrank import model_class_for
@@ -127,7 +129,7 @@ def test_sizes_are_those_of_the_modules(family: str) -> None:
         "o": shape.width,
         "up": shape.neurons,
     }
-    for matrix in FAMILIES[family].matrices:
+    for matrix in FAMILIES[family].dense:
         weight = layer.get_submodule(matrix.module).weight
         assert isinstance(weight, torch.Tensor)
         own = part_of(config, matrix, weight, -1 if matrix.transposed else 0)

@@ -20,7 +20,7 @@ from makd_llm.testing import launch_ranks
 pytestmark = pytest.mark.slow
 
 HEAD = 8
-MODULES = {matrix.role: matrix.module for matrix in FAMILIES["llama"].matrices}
+MODULES = {matrix.role: matrix.module for matrix in FAMILIES["llama"].dense}
 EVERYTHING = {name: {"layers": "all"} for name in ("matrix", "attention", "hidden")}
 FP32: dict[str, Any] = {
     "train_batch_size": 4,
