@@ -122,8 +122,8 @@ class SftConfig(Section):
 class RefineConfig(Section):
     """Training of each layer by itself after its truncation, on the calibration text."""
 
-    epochs: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    epochs: Positive = 2
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     loss: Literal["least_squares", "lillama"] = "least_squares"
     inputs: Literal["student", "teacher", "both"] = "student"
 

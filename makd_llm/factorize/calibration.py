@@ -17,7 +17,6 @@ from makd_llm.factorize.decompose import Components
 from makd_llm.factorize.gradients import backward_walk
 from makd_llm.factorize.matrices import Job, dense_matrix
 from makd_llm.factorize.parts import Parts
-from makd_llm.factorize.ranks import Shape
 from makd_llm.factorize.statistics import InputStatistics, Read, group_of, inputs_of
 from makd_llm.factorize.walk import Stream, Walk
 from makd_llm.models.families import Matrix
@@ -27,12 +26,14 @@ WINDOW_BYTES = 2 * 1024**3
 """Of covariances that a rank holds before their matrices are decomposed: more, and the work spreads
 more evenly over ranks."""
 
-Method = Callable[[torch.Tensor, InputStatistics], Components]
-"""(weight_MK, statistics of its inputs) -> components."""
+Method = Callable[[torch.Tensor, InputStatistics, int], Components]
+"""(weight_MK, statistics of its inputs, how many are wanted) -> components."""
 
 METHODS: dict[str, Method] = {
-    "asvd": lambda weight_MK, seen: decompose.asvd(weight_MK, seen.mean_abs_K),
-    "whitened": lambda weight_MK, seen: decompose.whitened(weight_MK, seen.covariance_KK),
+    "asvd": lambda weight_MK, seen, most: decompose.asvd(weight_MK, seen.mean_abs_K, most),
+    "whitened": lambda weight_MK, seen, most: decompose.whitened(
+        weight_MK, seen.covariance_KK, most
+    ),
 }
 
 
@@ -102,7 +103,7 @@ class Calibration:
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(self.walk.reader, job).to(self.walk.device)
             seen = summed[job.layer, group[job.layer][job.matrix.key]]
-            return METHODS[self.method](weight_MK, seen)
+            return METHODS[self.method](weight_MK, seen, job.most)
 
         ready = [job for job in left if job.layer in group]
         decompose_share(self.parts, ready, components_of)
@@ -147,7 +148,8 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(walk.reader, job).to(walk.device)
             key = job.matrix.key
-            return decompose.fisher(weight_MK, summed[group[key]].covariance_KK, asked[key])
+            seen = summed[group[key]]
+            return decompose.fisher(weight_MK, seen.covariance_KK, asked[key], job.most)
 
         decompose_share(parts, jobs.get(layer, []), components_of)
 
@@ -163,17 +165,12 @@ def decompose_share(
         keep(parts, jobs[number], components_of(jobs[number]))
 
 
-def components_kept(shape: Shape) -> int:
-    """Break-even: with that many, a factor pair is as large as the matrix."""
-    return -(-shape.dense // (shape.rows + shape.columns))
-
-
 def keep(parts: Parts, job: Job, components: Components) -> None:
-    """Writes as many components as the matrix may get, and what each rank loses."""
-    most = components_kept(job.shape)
+    """Writes as many components as are wanted of the matrix, and what each rank loses."""
     tensors = {
-        "down": components.down_JK[:most].float(),
-        "up": components.up_MJ[:, :most].float(),
+        "down": components.down_JK.float(),
+        "up": components.up_MJ.float(),
         "discarded": components.discarded,
+        "added": torch.tensor(components.added, dtype=torch.float64),
     }
     parts.write(part_of(job), tensors)

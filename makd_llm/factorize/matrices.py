@@ -21,13 +21,15 @@ from makd_llm.models.modeling_lowrank import Fused, Ranks, factor_module, fused_
 class Job:
     """One matrix to be factorized.
 
-    name: of the module that stores it. layout: of that module, where it stores several.
+    name: of the module that stores it. layout: of that module, where it stores several. most: how
+    many components of it will be wanted.
     """
 
     layer: int
     matrix: Matrix
     name: str
     shape: Shape
+    most: int
     layout: Fused | None = None
 
     @property
@@ -49,8 +51,13 @@ def jobs_of(reader: TensorReader, config: PreTrainedConfig) -> list[Job]:
         layout = fused_layout(config, name)
         rows = rows if layout is None else layout.size(matrix.part)
         shape = Shape(f"layer {layer} {matrix.key}", matrix.role, rows, columns)
-        jobs.append(Job(layer, matrix, name, shape, layout))
+        jobs.append(Job(layer, matrix, name, shape, break_even(shape), layout))
     return jobs
+
+
+def break_even(shape: Shape) -> int:
+    """With that many components, a factor pair is as large as the matrix."""
+    return -(-shape.dense // (shape.rows + shape.columns))
 
 
 def dense_matrix(reader: TensorReader, job: Job) -> Tensor:

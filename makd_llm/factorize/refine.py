@@ -42,8 +42,8 @@ class Refinement:
     it really feed it), `teacher`, or `both`, as Lillama does.
     """
 
-    epochs: int = 1
-    learning_rate: float = 1e-3
+    epochs: int = 2
+    learning_rate: float = 2e-4
     loss: str = "least_squares"
     inputs: str = "student"
 

@@ -16,7 +16,7 @@ checkpoints.
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -117,7 +117,8 @@ class MatrixReport:
     key: its name within its layer; the role, with an expert's number behind it. layer: None for the
     embedding and the head.
     rank: None where it stayed dense. residual: the relative error of the truncation, by the
-    method's own measure; for `whitened` that of the outputs on the calibration text.
+    method's own measure; for `whitened` that of the outputs on the calibration text. added: how
+    much of that a full decomposition in the place of a randomized one would have avoided, at most.
     """
 
     name: str
@@ -128,6 +129,7 @@ class MatrixReport:
     columns: int
     rank: Rank
     residual: float
+    added: float
 
 
 def factorize(
@@ -187,6 +189,18 @@ class _Work:
         self.config = read_config(teacher)
         self.reader = TensorReader(teacher)
         self.jobs = jobs_of(self.reader, self.config)
+        # First of all, because a budget that cannot be met is not to be found after the work.
+        self.uniform = uniform_ranks(
+            [job.shape for job in self.jobs],
+            recipe.keep_ratio,
+            multiple=recipe.rank_multiple,
+            limits=recipe.limits,
+        )
+        known = recipe.budget == "uniform" and components is None
+        if known:  # what no rank will take is not decomposed
+            self.jobs = [
+                replace(j, most=r or 0) for j, r in zip(self.jobs, self.uniform, strict=True)
+            ]
         self.vocabulary: dict[str, int] = {}
         if recipe.embedding is not None:
             self.vocabulary = vocabulary_ranks(
@@ -201,7 +215,14 @@ class _Work:
         self.scratch = student.with_name(f".{student.name}.parts")
         self.components = Parts(
             components or self.scratch / "components",
-            json.dumps({"method": recipe.calibrated_as, **depends_on}, indent=1),
+            json.dumps(
+                {
+                    "method": recipe.calibrated_as,
+                    "ranks": self.uniform if known else None,
+                    **depends_on,
+                },
+                indent=1,
+            ),
             tell,
         )
         self.factors = Parts(
@@ -229,19 +250,15 @@ class _Work:
 
     def ranks(self) -> list[Rank]:
         """The rank of every matrix, in the order of jobs, after what has to be known for it."""
-        recipe, shapes = self.recipe, [job.shape for job in self.jobs]
-        # First of all, because a budget that cannot be met is not to be found after the work.
-        uniform = uniform_ranks(
-            shapes, recipe.keep_ratio, multiple=recipe.rank_multiple, limits=recipe.limits
-        )
+        recipe = self.recipe
         self._decompose_vocabulary()
         if recipe.budget == "uniform" and recipe.method in STUDENT_STREAM_METHODS:
-            return uniform
+            return self.uniform
         self._decompose()
         if recipe.budget == "uniform":
-            return uniform
+            return self.uniform
         return greedy_ranks(
-            shapes,
+            [job.shape for job in self.jobs],
             self._losses(),
             recipe.keep_ratio,
             multiple=recipe.rank_multiple,
@@ -273,8 +290,9 @@ class _Work:
 
     def _decompose(self) -> None:
         """The components of every matrix that lacks them, by what the method has to know."""
-        missing = set(self.components.missing([part_of(job) for job in self.jobs]))
-        left = [job for job in self.jobs if part_of(job) in missing]
+        wanted = [job for job in self.jobs if job.most > 0]
+        missing = set(self.components.missing([part_of(job) for job in wanted]))
+        left = [job for job in wanted if part_of(job) in missing]
         method = self.recipe.calibrated_as
         if left and method in METHODS:
             Calibration(self.walk, self.components, method).run(left)
@@ -314,8 +332,8 @@ class _Work:
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(self.reader, job).to(distributed.device())
             if fisher is None:
-                return decompose.svd(weight_MK)
-            return decompose.fwsvd(weight_MK, fisher[job.layer, job.matrix.key])
+                return decompose.svd(weight_MK, job.most)
+            return decompose.fwsvd(weight_MK, fisher[job.layer, job.matrix.key], job.most)
 
         decompose_share(self.components, left, components_of)
 
@@ -324,9 +342,9 @@ class _Work:
         found = []
         for job, rank in zip(self.jobs, ranks, strict=True):
             shape, key = job.shape, job.matrix.key
-            residual = 0.0 if rank is None else self._residual(job, rank)
-            size = (shape.rows, shape.columns)
-            found.append(MatrixReport(job.name, shape.role, key, job.layer, *size, rank, residual))
+            lost = (0.0, 0.0) if rank is None else self._residual(job, rank)
+            size = (shape.rows, shape.columns, rank)
+            found.append(MatrixReport(job.name, shape.role, key, job.layer, *size, *lost))
         return found + self._vocabulary_reports()
 
     def _vocabulary_reports(self) -> list[MatrixReport]:
@@ -334,17 +352,17 @@ class _Work:
         for role, name in vocabulary_modules(self.config).items():
             if name in self.vocabulary:
                 rows, columns = self.reader.shape(f"{name}.weight")
-                residual = float(self.factors.read(f"{name}.factors")["residual"])
+                lost = self.factors.read(f"{name}.factors")["residual"].tolist()
                 size = (rows, columns, self.vocabulary[name])
-                found.append(MatrixReport(name, role, role, None, *size, residual))
+                found.append(MatrixReport(name, role, role, None, *size, *lost))
         return found
 
-    def _residual(self, job: Job, rank: int) -> float:
+    def _residual(self, job: Job, rank: int) -> tuple[float, float]:
         if self.recipe.method in STUDENT_STREAM_METHODS:
-            return float(self.factors.read(factors_part(job))["residual"])
-        discarded = self.components.read(part_of(job))["discarded"]
-        whole = float(discarded[0])
-        return (float(discarded[rank]) / whole) ** 0.5 if whole > 0 else 0.0
+            residual, added = self.factors.read(factors_part(job))["residual"].tolist()
+            return residual, added
+        part = self.components.read(part_of(job))
+        return decompose.residual_of(part["discarded"], float(part["added"]), rank)
 
     def assemble(self, ranks: Sequence[Rank], tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Writes the student's folder from the teacher's and the parts, and clears the parts."""

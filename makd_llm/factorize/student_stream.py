@@ -156,9 +156,11 @@ class StudentStream:
     def _factorize(self, job: Job, rank: int, sums: dict[str, Tensor]) -> None:
         weight_MK = dense_matrix(self.walk.reader, job).to(self.walk.device)
         if self.method == "refitted":
-            found = decompose.refitted(weight_MK, sums["student"], sums["cross"], sums["teacher"])
+            found = decompose.refitted(
+                weight_MK, sums["student"], sums["cross"], sums["teacher"], rank
+            )
         else:
-            found = decompose.whitened(weight_MK, sums["student"])
+            found = decompose.whitened(weight_MK, sums["student"], rank)
         factors: Factors = found.first(rank)
         self.factors.write(factors_part(job), as_tensors(factors))
 
@@ -195,7 +197,7 @@ def as_tensors(factors: Factors) -> dict[str, Tensor]:
     return {
         "down": factors.down_RK.float(),
         "up": factors.up_MR.float(),
-        "residual": torch.tensor([factors.residual], dtype=torch.float64),
+        "residual": torch.tensor([factors.residual, factors.added], dtype=torch.float64),
     }
 
 

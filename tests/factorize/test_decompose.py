@@ -80,7 +80,7 @@ def test_full_rank_gives_the_matrix_back(weight: torch.Tensor, method: str) -> N
     components = everything(weight)[method]
     full = min(weight.shape)
     torch.testing.assert_close(product(components, full), weight, rtol=1e-6, atol=1e-6)
-    assert components.residual(full) == pytest.approx(0.0, abs=1e-6)
+    assert components.first(full).residual == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,7 +90,7 @@ def test_what_is_discarded_is_what_is_lost(weight: torch.Tensor, rank: int, meth
     lost = error_in_its_own_sense(method, weight, product(components, rank))
     assert float(components.discarded[rank]) == pytest.approx(lost, rel=1e-6)
     whole = error_in_its_own_sense(method, weight, torch.zeros_like(weight))
-    assert components.residual(rank) == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
+    assert components.first(rank).residual == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,7 +220,7 @@ def test_zeros_are_no_reason_to_fail(weight: torch.Tensor) -> None:
     zeros, eye = torch.zeros_like(weight), torch.eye(24, dtype=torch.float64)
     for components in (whitened(zeros, eye), svd(zeros)):
         assert bool(product(components, 2).isfinite().all())
-        assert components.residual(2) == 0.0
+        assert components.first(2).residual == 0.0
     # Inputs that calibration never showed: the weights themselves are what is known.
     torch.testing.assert_close(product(whitened(weight, 0 * eye), 5), product(svd(weight), 5))
     for components in (

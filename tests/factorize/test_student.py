@@ -15,7 +15,7 @@ from makd_llm.checkpoint.folder import read_config
 from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
-from makd_llm.factorize import calibration, student
+from makd_llm.factorize import decompose, student
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
@@ -91,10 +91,6 @@ def test_at_full_rank_every_method_gives_the_teacher(
     teacher = saved_teacher(model_type, tmp_path / "teacher")
     full = lambda shapes, keep, **more: [min(s.rows, s.columns) for s in shapes]  # noqa: E731
     monkeypatch.setattr(student, "uniform_ranks", full)
-    # Components above break-even are not kept otherwise.
-    monkeypatch.setattr(
-        calibration, "components_kept", lambda shape: min(shape.rows, shape.columns)
-    )
     cut(teacher, tmp_path / "student", method=method)
     ids = torch.arange(3, 20)[None]
     both = [
@@ -102,6 +98,23 @@ def test_at_full_rank_every_method_gives_the_teacher(
         for f in (teacher, tmp_path / "student")
     ]
     torch.testing.assert_close(both[1], both[0], rtol=1e-3, atol=2e-3)
+
+
+def test_few_components_of_large_matrices_are_found_at_random_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = saved_teacher("llama", tmp_path / "teacher")
+    monkeypatch.setattr(decompose, "OVERSAMPLED", 1)
+    found = {}
+    for name, far_below in (("whole", 10**9), ("randomized", 4)):
+        monkeypatch.setattr(decompose, "FAR_BELOW", far_below)
+        reports = cut(teacher, tmp_path / name, method="whitened", keep_ratio=0.3)
+        found[name] = {(r.layer, r.key): r for r in reports}
+    assert all(r.added == 0.0 for r in found["whole"].values())
+    assert any(r.added > 0.0 for r in found["randomized"].values())
+    for place, report in found["randomized"].items():
+        least = found["whole"][place].residual
+        assert least * (1 - 1e-6) <= report.residual <= least + report.added + 1e-6
 
 
 def test_a_matrix_that_gets_no_smaller_stays_dense_also_inside_a_fused_module(
