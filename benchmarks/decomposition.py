@@ -22,12 +22,11 @@ from typing import Any
 import torch
 
 from makd_llm import distributed
-from makd_llm.data.batch import batches_of
+from makd_llm.data.batch import batches_of, pad_id_of
 from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.factorize import calibration
 from makd_llm.factorize.student import Recipe, factorize
 from makd_llm.models.source import load_tokenizer, resolve_model
-from makd_llm.pipeline import pad_id_of
 from measure import RESULTS, say, where, write
 
 

@@ -20,13 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from makd_llm import distributed
-from makd_llm.data.batch import Batch, batches_of
+from makd_llm.data.batch import Batch, batches_of, pad_id_of
 from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.residuals import perplexity
 from makd_llm.factorize.student import Recipe, factorize
 from makd_llm.models.source import load_tokenizer, resolve_model
-from makd_llm.pipeline import pad_id_of
 from measure import RESULTS, say, where, write
 
 ROWS: dict[str, dict[str, object]] = {

@@ -204,7 +204,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Shows the table of a finished run."""
-    from makd_llm.report.table import evaluation_table, show
+    from makd_llm.report.table import show_evaluation
 
     path = run_dir / "evaluation.json"
     if not path.is_file():
@@ -218,7 +218,7 @@ def evaluate(
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        show(evaluation_table(found))
+        show_evaluation(found)
 
 
 @app.command()

@@ -309,6 +309,9 @@ class EvaluationConfig(Section):
     batch_size: Positive = 16
     max_new_tokens: Positive = 96
     lead_k: Positive = 3
+    stages: bool = False
+    """Also cut the students on the way (plain SVD, whitened, ...), and show what each step and the
+    distillation is worth; a factorization each."""
     text: Path | None = None
     """A plain text file for perplexity by sliding window."""
     text_window: Positive = 1024

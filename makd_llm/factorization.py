@@ -23,7 +23,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.export import counts_of_folders
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import DataConfig
-from makd_llm.data.batch import Batch, batches_of
+from makd_llm.data.batch import Batch, batches_of, pad_id_of
 from makd_llm.data.prompt import usable_examples
 from makd_llm.data.schema import Example
 from makd_llm.data.text import read_tokens, spread_windows
@@ -33,7 +33,6 @@ from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.files import write_whole
 from makd_llm.models.source import load_tokenizer, resolve_model
-from makd_llm.pipeline import pad_id_of
 from makd_llm.report.card import factorization_card
 from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.train.build import build_prompts, build_records

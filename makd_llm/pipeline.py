@@ -11,11 +11,9 @@ import os
 import platform
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,18 @@ from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
 from makd_llm.config import RunConfig, TrainConfig, dump_config
-from makd_llm.data.batch import Batch, batches_of
-from makd_llm.data.prompt import usable_examples
-from makd_llm.data.records import RecordList, content_of, describe_skipped
+from makd_llm.cutting import Cutting
+from makd_llm.data.batch import pad_id_of
+from makd_llm.data.records import RecordList, content_of
 from makd_llm.errors import UserError
-from makd_llm.evaluation.evaluate import Evaluation, Settings, evaluate_model, evaluate_text
-from makd_llm.factorize.student import factorize
+from makd_llm.evaluation.evaluate import (
+    Evaluation,
+    Settings,
+    evaluate_model,
+    evaluate_perplexity,
+    evaluate_text,
+)
+from makd_llm.factorize.ladder import name_of
 from makd_llm.files import sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import pair
@@ -42,8 +46,9 @@ from makd_llm.models.projections import Point, Projection, Projections
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import ModelLevel, Objectives
-from makd_llm.report.table import evaluation_table, factorization_table, show
-from makd_llm.reshape.reshape import Shape, check_shape, reshape
+from makd_llm.report.plots import stages_plot
+from makd_llm.report.table import factorization_table, show, show_evaluation
+from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
 from makd_llm.train.build import (
     build_balance,
@@ -84,6 +89,7 @@ class Run:
         self.dtype = dtype_of(self.deepspeed)
         self.dir = config.run_dir.expanduser()
         self.stages = Stages(self.dir)
+        self.cutting = Cutting(config, self.dtype, self.tell)
         self.shape = build_shape(config.student)
         self._check_batches()
         check_settings(config, self.deepspeed, ds_path)
@@ -139,7 +145,9 @@ class Run:
         if self.shape is not None:
             start = self.dir / "shaped"
             key = {**first, "student": self._shape_key(self.shape), "after": after}
-            self._stage("shape", key, start, partial(self._reshape, self.shape, teacher, start))
+            self._stage(
+                "shape", key, start, partial(self.cutting.shape, self.shape, teacher, start)
+            )
             after = digest(key)
         if "factorize" not in wanted:
             return
@@ -167,10 +175,12 @@ class Run:
             "after": digest(key),
         }
         result = self.dir / "evaluation.json"
-        self._stage("evaluate", key, result, partial(self._evaluate, teacher, factorized, student))
+        self._stage(
+            "evaluate", key, result, partial(self._evaluate, teacher, start, factorized, student)
+        )
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
         if distributed.is_main():
-            show(evaluation_table(evaluation))
+            show_evaluation(evaluation)
 
     def _content_of_data(self, *, validation: bool) -> str | None:
         """A data file that was edited in place is other data, and its stages run again."""
@@ -342,69 +352,14 @@ class Run:
         ds = frozen_config(self.deepspeed, micro_batch_size=micro_batch_size)
         return Frozen(load_sharded(folder, ds, self.dtype, self.config.distil.kernels), ds)
 
-    def _reshape(self, shape: Shape, teacher: Path, result: Path) -> None:
-        tokenizer = load_tokenizer(teacher)
-        batches = self._calibration("shape", tokenizer) if shape.needs_calibration else []
-        reshape(
-            teacher,
-            result,
-            shape,
-            batches,
-            tokenizer=tokenizer,
-            dtype=self.dtype,
-            tell=self.tell,
-        )
-
     def _factorize(self, teacher: Path, start: Path, result: Path) -> None:
         """start: the model that is cut, the teacher or what `shape` made of it."""
-        settings = self.config.student
-        tokenizer = load_tokenizer(teacher)
-        recipe = build_recipe(settings)
-        batches = self._calibration("factorize", tokenizer) if recipe.needs_calibration else []
-        reports = factorize(
-            start,
-            result,
-            recipe,
-            batches,
-            tokenizer=tokenizer,
-            dtype=self.dtype,
-            tell=self.tell,
-            keep_origin=start != teacher,
-        )
-        folders = {"teacher": teacher, "student": result}
-        if start != teacher:
-            folders["shaped"] = start
-        counts = distributed.on_main(counts_of_folders, folders)
-        report = {
-            **settings.model_dump(),
-            "matrices": [r.__dict__ for r in reports],
-            "parameters": {n: c.__dict__ for n, c in counts.items()},
-        }
+        report = self.cutting.factors(teacher, start, result)
         distributed.on_main(_write_json, self.dir / "factorization.json", report)
         if distributed.is_main():
             show(factorization_table(report))
 
-    def _calibration(self, stage: str, tokenizer: Any) -> list[Batch]:
-        """This rank's training examples for calibration; the same number on every rank."""
-        prompts = build_prompts(self.config.data, tokenizer)
-        wanted, world = self.config.student.calibration_records, distributed.world_size()
-        records = build_records(self.config.data)
-        unusable: Counter[str] = Counter()
-        pairs = usable_examples(prompts, records, self.config.data.on_bad_record, unusable)
-        examples = [example for _, example in islice(pairs, wanted)]
-        if skipped := describe_skipped(records.skipped + unusable):
-            self.tell(f"{stage}: {skipped}")
-        usable = len(examples) // world * world
-        if usable == 0:
-            raise UserError(
-                f"{self.config.data.source}: {len(examples)} usable records cannot calibrate "
-                f"{world} ranks; give more, or use fewer ranks"
-            )
-        self.tell(f"{stage}: calibration on {usable} prompts")
-        mine = examples[distributed.rank() : usable : world]
-        return batches_of(mine, self.config.student.calibration_batch, pad_id_of(tokenizer))
-
-    def _evaluate(self, teacher: Path, factorized: Path, student: Path) -> None:
+    def _evaluate(self, teacher: Path, start: Path, factorized: Path, student: Path) -> None:
         asked = self.config.evaluation
         tokenizer = load_tokenizer(teacher)
         prompts = build_prompts(self.config.data, tokenizer)
@@ -450,9 +405,24 @@ class Run:
             engine.close()
         rows[f"lead-{asked.lead_k}"] = evaluation.lead()
         distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
-        distributed.on_main(
-            _write_json, self.dir / "evaluation.json", {**evaluation.settings(), "models": rows}
-        )
+
+        def perplexity_of(folder: Path) -> float:
+            engine = self._frozen(folder, asked.batch_size)
+            found = evaluate_perplexity(evaluation, engine).value
+            engine.close()
+            return found
+
+        found = {**evaluation.settings(), "models": rows}
+        if asked.stages:
+            value = {name: rows[name]["perplexity"]["value"] for name in folders}
+            found["stages"] = {
+                "teacher": value["teacher"],
+                **self.cutting.before(start, self.dir / "before", perplexity_of),
+                name_of(build_recipe(self.config.student)): value["factorized"],
+                "distilled": value["student"],
+            }
+            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
+        distributed.on_main(_write_json, self.dir / "evaluation.json", found)
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""
@@ -483,14 +453,6 @@ def _lock(run_dir: Path) -> str:
         ) from None
     _LOCKS[str(run_dir)] = lock
     return str(run_dir)
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """The id that fills up short rows; masks say where, so the end-of-text id serves as well."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -110,7 +110,7 @@ distil:
   weights: balanced
   balance: {{every: 3}}
   train: {{steps: 8, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 3}}
-evaluation: {{records: 8, generate_records: 4, max_new_tokens: 4, batch_size: 2}}
+evaluation: {{records: 8, generate_records: 4, max_new_tokens: 4, batch_size: 2, stages: true}}
 merge: true
 """)
     return tiny
@@ -137,15 +137,24 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         "student",
         "student-merged",
         "evaluation.json",
+        "stages.png",
         "samples.jsonl",
     }
     assert expected <= {path.name for path in folder.iterdir()}
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert list(evaluation["models"]) == ["teacher", "factorized", "student", "lead-3"]
+    stages = evaluation["stages"]
+    assert [*stages] == ["teacher", "svd", "whitened", "fisher, greedy", "distilled"]
+    measured = ("teacher", "fisher, greedy", "distilled")  # as teacher, factorized, student
+    for stage, model in zip(measured, list(evaluation["models"].values())[:3], strict=True):
+        assert stages[stage] == model["perplexity"]["value"]
+    assert "what each step is worth" in printed and not (folder / "before").exists()
     student = evaluation["models"]["student"]
     stored = load_file(folder / "student" / "model.safetensors")
     assert student["parameters"]["total"] == sum(tensor.numel() for tensor in stored.values())
-    assert f"{student['perplexity']['value']:.2f}" in printed, "the table is what the run ends with"
+    assert f"{student['perplexity']['value']:.2f}" in printed, (
+        "the tables are what the run ends with"
+    )
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(
         samples[0]

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -148,3 +148,11 @@ def _check_padding(rows: int, padding_side: str, multiple_of: int) -> None:
         raise ValueError(f"padding_side is {padding_side!r}; it is 'left' or 'right'")
     if multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}; it is a positive number of tokens")
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The id that fills up short rows; masks say where, so the end-of-text id serves as well."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0

@@ -107,10 +107,16 @@ class Evaluation:
         path.write_text("".join(lines), encoding="utf-8")
 
 
+def evaluate_perplexity(evaluation: Evaluation, model: Model) -> Perplexity:
+    """Of the references, given their documents. Collective."""
+    sizes = evaluation.sizes
+    return perplexity(model, evaluation.examples, batch_size=sizes.batch_size, pad_id=sizes.pad_id)
+
+
 def evaluate_model(evaluation: Evaluation, name: str, model: Model) -> dict[str, Any]:
     """One row: perplexity and ROUGE. Collective."""
     sizes = evaluation.sizes
-    found = perplexity(model, evaluation.examples, batch_size=sizes.batch_size, pad_id=sizes.pad_id)
+    found = evaluate_perplexity(evaluation, model)
     prompts = [evaluation.prompts.prompt_ids(r, sizes.max_new_tokens) for r in evaluation.records]
     texts = summarize(
         model.generate,

@@ -19,6 +19,13 @@ def show(table: Table) -> None:
     console.print(table)
 
 
+def show_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Prints what evaluation.json says: the models, and the steps where they were measured."""
+    show(evaluation_table(evaluation))
+    if "stages" in evaluation:
+        show(stages_table(evaluation["stages"]))
+
+
 def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
     """evaluation.json as the table that ends a run: what was kept, and at what size."""
     records = evaluation["records"]
