@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from makd_llm import distributed
+from makd_llm.models.origin import origin_of
 
 pytestmark = pytest.mark.slow
 
@@ -254,3 +256,36 @@ def test_sigterm_saves_exits_with_its_code_and_the_same_command_goes_on(config: 
         assert "objectives: cross_entropy, logits;" in printed
     first, second = (load_file(f / "student" / "model.safetensors") for f in (whole, run_dir))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_student_of_another_shape_goes_through_the_whole_run(config: Path) -> None:
+    """Fewer layers, narrower, fewer key-value heads, the embedding factored too; compared at every
+    level through maps and projections, and exported without them.
+    """
+    run_dir = config / "shaped"
+    shape = ("depth.layers=3", "width.hidden=24", "width.feed_forward=32", "heads.key_value=1")
+    more = ("sft.enabled=false", "evaluation.stages=false", "distil.train.steps=3")
+    wanted = [f"student.{setting}" for setting in (*shape, "embedding=0.5", "keep_ratio=0.8")]
+    launched = command(config, run_dir, *more, *wanted)
+    single = [sys.executable, *launched[launched.index(str(CHECKOUT / "train.py")) :]]
+    done = subprocess.run(
+        single, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "objectives: matrix, attention, hidden, cross_entropy, logits;" in done.stdout
+    assert "projections to the teacher's widths" in done.stdout
+    student = AutoModelForCausalLM.from_pretrained(run_dir / "student")
+    sizes = student.config
+    assert (sizes.num_hidden_layers, sizes.hidden_size, sizes.num_key_value_heads) == (3, 24, 1)
+    origin = origin_of(sizes)
+    assert origin is not None and origin.layers == (0, 2, 3) and origin.teacher_layers == 4
+    stored = load_file(run_dir / "student" / "model.safetensors")
+    assert not any("projection" in name for name in stored)
+    assert stored["model.embed_tokens.up"].shape[1] < 24
+    merged = AutoModelForCausalLM.from_pretrained(run_dir / "student-merged")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        close = (student(ids).logits.float() - merged(ids).logits.float()).abs().max()
+    assert float(close) < 0.2  # both are rounded to bf16
+    losses = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(loss["loss/matrix"] > 0 and loss["loss/hidden"] > 0 for loss in losses)

@@ -140,7 +140,8 @@ class LowRankEmbedding(nn.Module):
         self, tokens: int, width: int, rank: int, padding: int | None = None, scale: float = 1.0
     ) -> None:
         super().__init__()
-        self.padding, self.scale, self.rank = padding, scale, rank
+        self.tokens, self.width, self.rank = tokens, width, rank
+        self.padding, self.scale = padding, scale
         self.up = nn.Parameter(torch.empty(tokens, rank))
         self.down = nn.Parameter(torch.empty(rank, width))
         self.reset_parameters(std=1.0)
@@ -355,8 +356,8 @@ class _LowRankCausalLM(PreTrainedModel):
         if not isinstance(embedding, LowRankEmbedding):
             return
         names = {module: name for name, module in self.named_modules()}
-        (tokens, rank), width = embedding.up.shape, embedding.down.shape[1]
-        self.set_output_embeddings(LowRankLinear(width, tokens, rank, bias=False))
+        tied = LowRankLinear(embedding.width, embedding.tokens, embedding.rank, bias=False)
+        self.set_output_embeddings(tied)
         self._tied_weights_keys = {
             f"{names[head]}.{leaf}": f"{names[embedding]}.{leaf}" for leaf in ("up", "down")
         }
