@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--teacher", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--calibrate", type=Path, required=True, help="a .txt file")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=8, help="windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=8, help="windows")
+    parser.add_argument("--window", type=int, default=512, help="tokens")
+    parser.add_argument("--rank-multiple", type=int, default=16)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "decomposition_cpu.csv")
     asked = parser.parse_args()
@@ -85,7 +87,7 @@ def _rank(asked: argparse.Namespace) -> None:
     teacher = resolve_model(asked.teacher)
     tokenizer = load_tokenizer(teacher)
     tokens, _ = read_tokens(asked.calibrate, tokenizer, "--calibrate")
-    windows = spread_windows(tokens, window=512, count=asked.samples)
+    windows = spread_windows(tokens, window=asked.window, count=asked.samples)
     mine = windows[distributed.rank() :: distributed.world_size()]
     seconds = [0.0]
     share = calibration.decompose_share
@@ -104,7 +106,7 @@ def _rank(asked: argparse.Namespace) -> None:
         factorize(
             teacher,
             Path(out) / "student",
-            Recipe(0.5),
+            Recipe(0.5, rank_multiple=asked.rank_multiple),
             batches_of(mine, 2, pad_id_of(tokenizer)),
             tokenizer=tokenizer,
             dtype=torch.bfloat16,

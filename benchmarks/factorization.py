@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--test-samples", type=int, default=10**9, help="test windows")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1, help="windows; of a step of refinement too")
+    parser.add_argument("--rank-multiple", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS / "factorization.csv")
     asked = parser.parse_args()
     distributed.quiet()
@@ -86,16 +87,16 @@ def main() -> None:
             for keep in asked.keep:
                 if (name, keep) not in done:
                     say(f"{name}, keep {keep}")
-                    row = _made(name, keep, teacher, batches, Path(scratch))
+                    recipe = Recipe(keep, rank_multiple=asked.rank_multiple, **ROWS[name])  # type: ignore[arg-type]
+                    row = _made(name, recipe, teacher, batches, Path(scratch))
                     _add(rows, {**row, "settings": settings}, asked.out)
             shutil.rmtree(Path(scratch) / "student", ignore_errors=True)
     _show(rows, settings)
 
 
 def _made(
-    name: str, keep: float, teacher: Path, batches: Mapping[str, list[Batch]], scratch: Path
+    name: str, recipe: Recipe, teacher: Path, batches: Mapping[str, list[Batch]], scratch: Path
 ) -> dict[str, object]:
-    recipe = Recipe(keep, **ROWS[name])  # type: ignore[arg-type]
     started = time.monotonic()
     reports = factorize(
         teacher,
@@ -112,7 +113,8 @@ def _made(
         r.rows * r.columns if r.rank is None else r.rank * (r.rows + r.columns) for r in reports
     )
     kept = stored / sum(r.rows * r.columns for r in reports)
-    return {**_row(name, keep, found), "kept": round(kept, 4), "seconds": round(seconds, 1)}
+    row = _row(name, recipe.keep_ratio, found)
+    return {**row, "kept": round(kept, 4), "seconds": round(seconds, 1)}
 
 
 def _row(name: str, keep: float, found: float) -> dict[str, object]:

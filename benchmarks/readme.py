@@ -1,4 +1,4 @@
-"""Write the READMEs' tables from the committed measurements, so that no figure is typed by hand.
+"""Write the documents' tables from the committed measurements, so that no figure is typed by hand.
 
     python benchmarks/readme.py            # rewrite them
     python benchmarks/readme.py --check    # exit code 1 if one differs from its measurements
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = (ROOT / "kernels" / "README.md",)
+DOCUMENTS = (ROOT / "kernels" / "README.md", ROOT / "docs" / "students.md")
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 
@@ -51,7 +51,66 @@ def lowrank(rows: list[Row]) -> str:
     return table("op, shape", chosen, lambda row: f"{row['op']}, {row['shape']}", paired=True)
 
 
-TABLES = {"attention_kl": attention, "linear_divergence": linear, "lowrank": lowrank}
+def factorization(rows: list[Row]) -> str:
+    """Perplexity by method and keep_ratio."""
+    keeps = sorted({row["keep_ratio"] for row in rows} - {"1.0"}, key=float, reverse=True)
+    found = {(row["method"], row["keep_ratio"]): float(row["perplexity"]) for row in rows}
+    lines = [f"| method | {' | '.join(f'keep {keep}' for keep in keeps)} |"]
+    lines.append("|---" * (len(keeps) + 1) + "|")
+    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != "teacher"):
+        cells = [_perplexity(found[name, keep]) if (name, keep) in found else "" for keep in keeps]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    teacher = next(row for row in rows if row["method"] == "teacher")
+    said = f"(teacher {float(teacher['perplexity']):.2f}; {teacher['settings']}; one run each)"
+    return "\n".join([*lines, "", said])
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.1f}" if value < 1e5 else f"{value:.1e}"
+
+
+def decomposition(rows: list[Row]) -> str:
+    """Seconds by ranks."""
+    columns = {
+        "ranks": "ranks",
+        "threads_each": "threads each",
+        "decompose_s": "decomposition, s",
+        "times_faster": "times faster",
+        "whole_s": "all of it, s",
+        "peak_MB_of_a_rank": "peak of a rank, MB",
+    }
+    return _plain(rows, columns)
+
+
+def generation(rows: list[Row]) -> str:
+    """Tokens per second and memory by model and batch."""
+    columns = {
+        "batch": "batch",
+        "model": "model",
+        "tokens_per_second": "tokens/s",
+        "of_teachers_time": "of the teacher's time",
+        "weights_MB": "weights, MB",
+        "peak_MB": "peak beyond them, MB",
+    }
+    return _plain(rows, columns)
+
+
+def _plain(rows: list[Row], columns: dict[str, str]) -> str:
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    first = rows[0]
+    said = f"({first['device']}, torch {first['torch']}, commit {first['commit']}; medians)"
+    return "\n".join([*lines, "", said])
+
+
+TABLES = {
+    "attention_kl": ("cpu.csv", attention),
+    "linear_divergence": ("cpu.csv", linear),
+    "lowrank": ("cpu.csv", lowrank),
+    "factorization": ("factorization.csv", factorization),
+    "decomposition": ("decomposition_cpu.csv", decomposition),
+    "generation": ("generation_cpu.csv", generation),
+}
 
 
 def table(
@@ -86,11 +145,18 @@ def _source(row: Row) -> str:
     )
 
 
-def filled(text: str, rows: list[Row]) -> str:
+def rows_of(file: str) -> list[Row]:
+    """The committed measurements of this name."""
+    with (RESULTS / file).open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def filled(text: str) -> str:
     """`text` with every marked table made anew."""
 
     def replaced(found: re.Match) -> str:
-        return f"{found[1]}\n{TABLES[found[2]](rows)}\n<!-- end -->"
+        file, table_of = TABLES[found[2]]
+        return f"{found[1]}\n{table_of(rows_of(file))}\n<!-- end -->"
 
     return re.sub(r"(<!-- measured: (\w+) -->)\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 
@@ -100,12 +166,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
     arguments = parser.parse_args()
-    with (RESULTS / "cpu.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     wrong = 0
-    for path in READMES:
+    for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        new = filled(text, rows)
+        new = filled(text)
         if arguments.check and new != text:
             wrong += 1
             print(f"{path.relative_to(ROOT)}: a table differs; run python benchmarks/readme.py")

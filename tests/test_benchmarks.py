@@ -1,5 +1,6 @@
 """The benchmarks' own parts: peers compute what ours computes, and no table is typed by hand."""
 
+import csv
 import importlib
 import subprocess
 import sys
@@ -115,3 +116,75 @@ def test_ratios_are_taken_turn_by_turn(load) -> None:
     assert low < ratio < high and low < 1.1 < high and high - low < 0.1
     ratio, low, high = measure.ratio_to(plain, slower[:3], in_turns=False)
     assert ratio == pytest.approx(1.1 / 3) and low != low and high != high
+
+
+@pytest.fixture
+def text(tiny: Path) -> Path:
+    """Something to calibrate and to measure on."""
+    path = tiny / "benchmark.txt"
+    path.write_text(" ".join((tiny / "train.jsonl").read_text().split()), encoding="utf-8")
+    return path
+
+
+def called(load, monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    load(name).main()
+
+
+def test_the_table_of_methods_goes_on_from_its_rows(
+    load, monkeypatch: pytest.MonkeyPatch, tiny: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "rows.csv"
+    sizes = ("--window", "32", "--samples", "8", "--test-samples", "4", "--rank-multiple", "2")
+    given = ("--teacher", str(tiny / "teacher"), "--calibrate", str(text), "--test", str(text))
+    wanted = ("--keep", "0.6", "--out", str(out), "--rows", "svd", "whitened + refinement")
+    called(load, monkeypatch, "factorization", *given, *sizes, *wanted)
+    first = out.read_text()
+    assert [line.split(",")[0] for line in first.splitlines()[1:]] == [
+        "teacher",
+        "svd",
+        "whitened + refinement",
+    ]
+    called(load, monkeypatch, "factorization", *given, *sizes, *wanted, "fisher")
+    assert out.read_text().startswith(first)
+    assert out.read_text().splitlines()[4].startswith("fisher,0.6,")
+    shown = load("readme").factorization(list(csv.DictReader(out.open(newline=""))))
+    assert "| method | keep 0.6 |" in shown and "| fisher |" in shown and "(teacher " in shown
+
+
+def test_generation_compares_what_writes_the_same(
+    load, monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.csv"
+    sizes = ("--batch", "1", "2", "--prompt", "4", "--new", "3", "--turns", "1")
+    folders = (str(tiny / "teacher"), str(tiny / "teacher"))
+    called(load, monkeypatch, "generation", *folders, *sizes, "--out", str(out))
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert [row["batch"] for row in rows] == ["1", "1", "2", "2"]
+    assert {row["model"] for row in rows} == {"teacher", "teacher, packed"}
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    assert "tokens/s" in load("readme").generation(rows)
+
+
+@pytest.mark.slow
+def test_decomposition_is_timed_by_the_slowest_rank(
+    load, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.csv"
+    more = ("--samples", "2", "--turns", "1", "--window", "32", "--ranks", "1", "2")
+    given = ("--teacher", str(tiny / "teacher"), "--calibrate", str(text), "--out", str(out))
+    script = str(BENCHMARKS / "decomposition.py")
+    done = subprocess.run(
+        [sys.executable, script, *given, *more, "--rank-multiple", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert [(row["ranks"], row["threads_each"]) for row in rows] == [
+        ("1", "1"),
+        ("2", "1"),
+        ("1", "2"),
+    ]
+    assert "decomposition, s" in load("readme").decomposition(rows)
