@@ -75,7 +75,8 @@ def main() -> None:
     settings = (
         f"{asked.teacher}; calibrated on {_tokens(batches['calibrate'])} tokens of "
         f"{asked.calibrate.name}, measured on {_tokens(batches['test'])} of {asked.test.name}; "
-        f"windows of {asked.window}; bfloat16"
+        f"windows of {asked.window}, {asked.batch} at a time; ranks in multiples of "
+        f"{asked.rank_multiple}; bfloat16"
     )
     rows = [r for r in _read(asked.out) if r["settings"] == settings]
     done = {(r["method"], float(str(r["keep_ratio"]))) for r in rows}

@@ -68,8 +68,10 @@ def main() -> None:
 
 
 def _models(teacher: Path, students: list[Path], batch: int) -> dict[str, Model]:
-    models = {}
+    models: dict[str, Model] = {}
     for name, folder in [("teacher", teacher), *((f.name, f) for f in students)]:
+        if name in models:
+            raise SystemExit(f"two models are called {name}; rename one of the folders")
         models[name] = loaded(folder)
         models[f"{name}, packed"] = packed = loaded(folder)
         say(f"{name}: {pack(packed, rows=batch)}")

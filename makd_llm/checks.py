@@ -68,6 +68,13 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
             "be listened to; set distil.objectives.attention.weight=0"
         )
     check_layer_map(config.distil.layer_map, model.num_hidden_layers)
+    depth, named = config.student.depth, config.distil.layer_map
+    layers = depth.layers if depth else model.num_hidden_layers
+    if not isinstance(named, str) and len(named) != layers:
+        raise UserError(
+            f"distil.layer_map: {len(named)} layers are named, but the student will have {layers}; "
+            "name a teacher layer for each of them"
+        )
     if is_lowrank(model):
         raise UserError(
             f"{folder} is a low-rank student; make it dense first "

@@ -2,10 +2,8 @@
 students on the way to it. Every function here is collective.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from makd_llm.data.batch import Batch, batches_of, pad_id_of
 from makd_llm.data.prompt import usable_examples
 from makd_llm.data.records import describe_skipped
 from makd_llm.errors import UserError
-from makd_llm.factorize.ladder import rungs
+from makd_llm.factorize.ladder import measured_rungs
 from makd_llm.factorize.student import factorize
 from makd_llm.models.source import load_tokenizer
 from makd_llm.reshape.reshape import Shape, reshape
@@ -78,19 +76,13 @@ class Cutting:
     def before(
         self, start: Path, scratch: Path, measure: Callable[[Path], float]
     ) -> dict[str, float]:
-        """What is measured of each student on the way to the factorized one (ladder.py), by name;
-        each is in `scratch` for as long as that takes.
-        """
+        """What is measured of each student on the way to the factorized one, by name."""
         recipe = build_recipe(self.config.student)
         calibrated = recipe.needs_calibration
         batches = self._calibration("evaluate", load_tokenizer(start)) if calibrated else []
-        found = {}
-        for name, rung in rungs(recipe).items():
-            self.tell(f"evaluate: {name}")
-            factorize(start, scratch, rung, batches, tokenizer=None, dtype=self.dtype)
-            found[name] = measure(scratch)
-        distributed.on_main(partial(shutil.rmtree, ignore_errors=True), scratch)
-        return found
+        return measured_rungs(
+            start, recipe, batches, scratch, measure, dtype=self.dtype, tell=self.tell
+        )
 
     def _calibration(self, stage: str, tokenizer: Any) -> list[Batch]:
         """This rank's training examples for calibration; the same number on every rank."""

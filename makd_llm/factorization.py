@@ -6,12 +6,10 @@ text is given, what the student lost on it), and the same as a picture.
 """
 
 import json
-import shutil
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
 from makd_llm.checkpoint.export import counts_of_folders
-from makd_llm.checkpoint.folder import read_config
+from makd_llm.checkpoint.folder import read_config, unwritable
 from makd_llm.config import DataConfig
 from makd_llm.data.batch import Batch, batches_of, pad_id_of
 from makd_llm.data.prompt import usable_examples
 from makd_llm.data.schema import Example
 from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.errors import UserError
-from makd_llm.factorize.ladder import name_of, rungs
+from makd_llm.factorize.ladder import components_in, measured_rungs, name_of
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.files import write_whole
@@ -91,7 +89,7 @@ def factorize_model(
         calibration,
         tokenizer=tokenizer,
         dtype=dtype,
-        components=scratch / recipe.calibrated_as if scratch else None,
+        components=components_in(scratch, recipe) if scratch else None,
         tell=_tell,
     )
     counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": out})
@@ -111,7 +109,15 @@ def factorize_model(
         report["held_out"] = measured = _measured(teacher, out, held_out, text, matrices, dtype)
         if scratch:
             found = measured["perplexity"]
-            before = _before(teacher, recipe, calibration, held_out, scratch, dtype)
+            before = measured_rungs(
+                teacher,
+                recipe,
+                calibration,
+                scratch,
+                lambda folder: perplexity(folder, held_out, dtype=dtype),
+                dtype=dtype,
+                tell=_tell,
+            )
             measured["stages"] = {"teacher": found["teacher"], **before} | {
                 name_of(recipe): found["student"]
             }
@@ -119,39 +125,15 @@ def factorize_model(
     return report
 
 
-def _before(
-    teacher: Path,
-    recipe: Recipe,
-    calibration: list[Batch],
-    held_out: list[Batch],
-    scratch: Path,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """Perplexity of each student on the way to this recipe's; clears what it takes for that."""
-    found = {}
-    for name, rung in rungs(recipe).items():
-        _tell(f"stages: {name}")
-        folder = scratch / "student"
-        factorize(
-            teacher,
-            folder,
-            rung,
-            calibration,
-            tokenizer=None,
-            dtype=dtype,
-            components=scratch / rung.calibrated_as,
-        )
-        found[name] = perplexity(folder, held_out, dtype=dtype)
-    distributed.on_main(partial(shutil.rmtree, ignore_errors=True), scratch)
-    return found
-
-
 def _write(out: Path, report: dict[str, Any]) -> None:
-    write_whole(out / REPORT, json.dumps(report, indent=1))
-    write_whole(out / "README.md", factorization_card(report))
-    factorization_plot(report, out / "factorization.png")
-    if stages := report.get("held_out", {}).get("stages"):
-        stages_plot(stages, out / "stages.png")
+    try:
+        write_whole(out / REPORT, json.dumps(report, indent=1))
+        write_whole(out / "README.md", factorization_card(report))
+        factorization_plot(report, out / "factorization.png")
+        if stages := report.get("held_out", {}).get("stages"):
+            stages_plot(stages, out / "stages.png")
+    except OSError as error:
+        raise unwritable(out, error) from error
 
 
 def _window(teacher: Path, asked: int | None) -> int:

@@ -417,12 +417,14 @@ class Run:
             value = {name: rows[name]["perplexity"]["value"] for name in folders}
             found["stages"] = {
                 "teacher": value["teacher"],
+                **({"shaped": perplexity_of(start)} if start != teacher else {}),
                 **self.cutting.before(start, self.dir / "before", perplexity_of),
                 name_of(build_recipe(self.config.student)): value["factorized"],
                 "distilled": value["student"],
             }
-            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
         distributed.on_main(_write_json, self.dir / "evaluation.json", found)
+        if asked.stages:
+            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""

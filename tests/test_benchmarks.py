@@ -14,6 +14,7 @@ from torch import Tensor
 
 from makd_kernels import attention_kl
 from makd_kernels.linear_divergence import linear_cross_entropy_divergence_loss
+from makd_llm.factorize.student import Recipe, factorize
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -105,6 +106,13 @@ def test_the_readme_shows_what_was_measured() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_table_stands_in_one_document(load) -> None:
+    module = load("readme")
+    texts = [path.read_text() for path in module.DOCUMENTS]
+    for name in module.TABLES:
+        assert sum(text.count(f"<!-- measured: {name} -->") for text in texts) == 1, name
+
+
 def test_ratios_are_taken_turn_by_turn(load) -> None:
     measure = load("measure")
     plain = [1.0, 5.0, 1.0, 5.0] * 25  # a machine that is now fast and now slow
@@ -157,11 +165,17 @@ def test_generation_compares_what_writes_the_same(
 ) -> None:
     out = tmp_path / "rows.csv"
     sizes = ("--batch", "1", "2", "--prompt", "4", "--new", "3", "--turns", "1")
-    folders = (str(tiny / "teacher"), str(tiny / "teacher"))
+    teacher, student = tiny / "teacher", tmp_path / "student"
+    recipe = Recipe(0.6, method="svd", rank_multiple=2)
+    factorize(teacher, student, recipe, [], tokenizer=None, dtype=torch.float32)
+    folders = (str(teacher), str(student))
     called(load, monkeypatch, "generation", *folders, *sizes, "--out", str(out))
     rows = list(csv.DictReader(out.open(newline="")))
-    assert [row["batch"] for row in rows] == ["1", "1", "2", "2"]
-    assert {row["model"] for row in rows} == {"teacher", "teacher, packed"}
+    names = ["teacher", "teacher, packed", "student", "student, packed"]
+    assert [(row["batch"], row["model"]) for row in rows] == [
+        (batch, name) for batch in "12" for name in names
+    ]
+    assert float(rows[2]["weights_MB"]) < float(rows[0]["weights_MB"])
     assert all(float(row["tokens_per_second"]) > 0 for row in rows)
     assert "tokens/s" in load("readme").generation(rows)
 

@@ -65,6 +65,7 @@ def test_stages_tell_what_each_step_is_worth(
     assert len(set(stages.values())) == 5
     assert (out / "stages.png").stat().st_size > 1000
     assert not (tmp_path / ".student.stages").exists()
+    call(tiny, out, *given, "--stages", "--refine", "1")  # over what stands there
     # A rung is what its recipe alone makes.
     call(tiny, tmp_path / "whitened", *given, "--method", "whitened", "--budget", "uniform")
     alone = json.loads((tmp_path / "whitened" / "factorization.json").read_text())

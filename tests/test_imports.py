@@ -21,15 +21,23 @@ SEES_ONLY = {
 }
 
 # Only the right (and the left itself) import the left.
-COMPOSERS = ("makd_llm.train", "makd_llm.pipeline", "makd_llm.factorization", "makd_llm.cli")
+COMPOSERS = (
+    "makd_llm.train",
+    "makd_llm.pipeline",
+    "makd_llm.cutting",
+    "makd_llm.factorization",
+    "makd_llm.cli",
+)
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
 SEEN_ONLY_BY = {
     "makd_llm.objectives": COMPOSERS,
     "makd_llm.train": COMPOSERS,
     "makd_llm.pipeline": ("makd_llm.cli", "makd_llm.factorization"),
     "makd_llm.factorization": ("makd_llm.cli",),
+    "makd_llm.cutting": ("makd_llm.pipeline",),
     "makd_llm.config": (
         "makd_llm.pipeline",
+        "makd_llm.cutting",
         "makd_llm.factorization",
         "makd_llm.cli",
         "makd_llm.checks",

@@ -151,7 +151,7 @@ def merge(
             cast = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             writer.add(name_in_file(merged, name), cast)
         write_config(writer.staging, merged)
-        _copy_companions(source, writer.staging, but="README.md")  # a card of the factored form
+        _copy_companions(source, writer.staging, but=_OF_THE_FACTORED)
 
 
 def rewrite(
@@ -248,9 +248,12 @@ def _dense(reader: TensorReader, module: str) -> torch.Tensor:
     return multiply_factors(up, reader.get(f"{module}.down")).to(up.dtype)
 
 
-def _copy_companions(source: Path, target: Path, but: str = "") -> None:
+_OF_THE_FACTORED = ("README.md", "factorization.json", "factorization.png", "stages.png")
+
+
+def _copy_companions(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:
     """Copy what belongs to a model but depends on no weight: tokenizer, generation settings."""
-    written_anew = {"config.json", INDEX_FILE, "modeling_lowrank.py", but}
+    written_anew = {"config.json", INDEX_FILE, "modeling_lowrank.py", *but}
     for entry in source.iterdir():
         if entry.is_dir() and belongs_to_model_folder(entry):
             shutil.copytree(entry, target / entry.name)

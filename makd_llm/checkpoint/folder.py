@@ -44,6 +44,7 @@ _MODEL_FILES = {
     "vocab.txt",
     "README.md",
     "factorization.png",
+    "stages.png",
 }
 _MODEL_FOLDERS = {"additional_chat_templates"}
 

@@ -125,9 +125,12 @@ def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batc
 
 
 def digest_of(batches: Sequence[Batch]) -> str:
-    """A short name of the tokens of these batches."""
-    ids = [batch.input_ids_BT.tolist() for batch in batches]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    """A short name of the tokens of these batches, and of which are real and which are targets."""
+    content = [
+        [tensor.tolist() for tensor in (b.input_ids_BT, b.token_mask_BT, b.labels_BT)]
+        for b in batches
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:

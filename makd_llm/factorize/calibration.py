@@ -149,7 +149,9 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
             weight_MK = dense_matrix(walk.reader, job).to(walk.device)
             key = job.matrix.key
             seen = summed[group[key]]
-            return decompose.fisher(weight_MK, seen.covariance_KK, asked[key], job.most)
+            return decompose.fisher(
+                weight_MK, seen.covariance_KK, asked[key], seen.tokens, job.most
+            )
 
         decompose_share(parts, jobs.get(layer, []), components_of)
 

@@ -40,8 +40,8 @@ class Factors:
     """A factor pair and what the truncation costs.
 
     residual: |L (W - up down) S|_F / |L W S|_F. Where S S^T = X X^T and L = 1 it is the relative
-    error of the outputs on the calibration text. added: how much less a full decomposition would
-    have made it, at most; 0 but for a randomized one.
+    error of the outputs on the calibration text. added: an estimate from above of how much less a
+    full decomposition would have made it; 0 but for a randomized one.
     """
 
     down_RK: Tensor
@@ -63,8 +63,8 @@ class Components:
 
     discarded: (J + 1,) float64 on the CPU; the squared error |L (W - W_r) S|_F^2 that is left when
     the first r components are kept. It falls with r, to 0 where J = min(M, K), except for
-    `refitted`. added: how much of that, for any r, a full decomposition might have kept, at most;
-    0 but for a randomized one.
+    `refitted`. added: an estimate from above of how much of that a full decomposition would have
+    kept; 0 but for a randomized one.
     """
 
     down_JK: Tensor
@@ -153,29 +153,44 @@ def whitened(weight_MK: Tensor, covariance_KK: Tensor, most: int | None = None) 
     from W S S^T W^T = W C W^T.
     """
     weight_MK, covariance_KK = weight_MK.double(), covariance_KK.double()
-    if not bool(covariance_KK.any()):  # no token came here: the weights are what is known
-        return svd(weight_MK, most)
+    if not bool(covariance_KK.any()):
+        return unused(weight_MK, most)
     if weight_MK.shape[0] <= weight_MK.shape[1]:
+        covariance_KK = floored(_finite(covariance_KK))
         u_MJ, left = _spectrum(weight_MK @ covariance_KK @ weight_MK.T, most)
         return _balanced(u_MJ.T @ weight_MK, u_MJ, left)
     root = whitening_root(covariance_KK)
     return _components(weight_MK @ root.s_KK, None, root, most)
 
 
+def unused(weight_MK: Tensor, most: int | None = None) -> Components:
+    """Of a matrix to which no calibration token came: its weights are what is known, and whatever
+    is discarded costs nothing.
+    """
+    found = svd(weight_MK, most)
+    return replace(found, discarded=torch.zeros_like(found.discarded), added=0.0)
+
+
 def fisher(
-    weight_MK: Tensor, covariance_KK: Tensor, gradients_MM: Tensor, most: int | None = None
+    weight_MK: Tensor,
+    covariance_KK: Tensor,
+    gradients_MM: Tensor,
+    tokens: int,
+    most: int | None = None,
 ) -> Components:
     """SVD of L^T W S: the best approximation by the loss, as far as a Kronecker product says it.
 
     covariance_KK: X X^T. gradients_MM: G G^T of the outputs' gradients; both summed over the same
-    tokens, float64. `discarded` is sum (g . d)^2 with the two averaged apart, over tokens. Source:
-    GFWSVD (Chekalina et al. 2025), whose factors are fitted; here they are K-FAC's (Martens and
-    Grosse 2015).
+    tokens, float64. `discarded` is the sum over these tokens of (g . d)^2, with inputs and
+    gradients averaged apart. Source: GFWSVD (Chekalina et al. 2025), whose factors are fitted; here
+    they are K-FAC's (Martens and Grosse 2015).
     """
     weight_MK, covariance_KK = weight_MK.double(), covariance_KK.double()
     if not bool(covariance_KK.any()) or not bool(gradients_MM.any()):
-        return whitened(weight_MK, covariance_KK, most)
+        return unused(weight_MK, most)
+    covariance_KK = covariance_KK / tokens
     if weight_MK.shape[0] <= weight_MK.shape[1]:
+        covariance_KK = floored(_finite(covariance_KK))
         scale = whitening_root(gradients_MM)
         scaled_MK = scale.s_KK.T @ weight_MK
         u_MJ, left = _spectrum(scaled_MK @ covariance_KK @ scaled_MK.T, most)
@@ -207,8 +222,8 @@ def refitted(
     regression (Izenman 1975); its use for factorization after earlier layers were cut is ours.
     """
     weight_MK, diagonal_K = weight_MK.double(), student_KK.double().diagonal()
-    if not bool(diagonal_K.any()):  # no token came here: the weights are what is known
-        return svd(weight_MK)
+    if not bool(diagonal_K.any()):
+        return unused(weight_MK, most)
     # As if every input had also been seen alone, by teacher and student alike.
     alone_KK = torch.diag_embed(torch.full_like(diagonal_K, ridge * float(diagonal_K.median())))
     root = whitening_root(student_KK.double() + alone_KK)
@@ -254,6 +269,24 @@ def tall_gram(weight_VD: Tensor, row_weight_V: Tensor | None = None) -> Tensor:
     return gram_DD
 
 
+def floored(covariance_KK: Tensor) -> Tensor:
+    """The same, or, where it is singular, with a trace of every direction: so that weights which
+    calibration never asked for are kept in the order of their size, rather than in any.
+    """
+    if _cholesky(covariance_KK) is not None:
+        return covariance_KK
+    trace = 1e-12 * torch.linalg.matrix_norm(covariance_KK, 2)
+    return covariance_KK + torch.diag_embed(trace.expand(len(covariance_KK)))
+
+
+def _cholesky(covariance_KK: Tensor) -> Tensor | None:
+    """The lower factor; None where C is singular."""
+    root_KK, info = torch.linalg.cholesky_ex(covariance_KK)
+    diagonal = root_KK.diagonal()
+    regular = int(info) == 0 and bool(diagonal.min() > 1e-6 * diagonal.max())
+    return root_KK if regular else None
+
+
 def whitening_root(covariance_KK: Tensor) -> Root:
     """S with S S^T = C: by Cholesky, or by eigenvalues where C is singular.
 
@@ -262,9 +295,8 @@ def whitening_root(covariance_KK: Tensor) -> Root:
     the weights instead of being divided by 0. Raises ValueError where C is not finite.
     """
     covariance_KK = _finite(covariance_KK.double())
-    root_KK, info = torch.linalg.cholesky_ex(covariance_KK)
-    diagonal = root_KK.diagonal()
-    if int(info) == 0 and bool(diagonal.min() > 1e-6 * diagonal.max()):
+    root_KK = _cholesky(covariance_KK)
+    if root_KK is not None:
         return Root(root_KK, triangular=True)
     square_K, q_KK = torch.linalg.eigh(covariance_KK)
     floor = (1e-12 * square_K[-1]).clamp_min(1e-30)
@@ -298,7 +330,7 @@ def _balanced(down_JK: Tensor, up_MJ: Tensor, left: Left) -> Components:
     down_J = torch.linalg.vector_norm(down_JK, dim=1).clamp_min(tiny)
     up_J = torch.linalg.vector_norm(up_MJ, dim=0).clamp_min(tiny)
     scale_J = (down_J / up_J).sqrt()
-    return Components(down_JK / scale_J[:, None], up_MJ * scale_J, *left)
+    return Components(down_JK / scale_J[:, None], up_MJ * scale_J.to(up_MJ.dtype), *left)
 
 
 def _spectrum(gram_JJ: Tensor, most: int | None) -> tuple[Tensor, Left]:
@@ -322,8 +354,10 @@ def _spectrum(gram_JJ: Tensor, most: int | None) -> tuple[Tensor, Left]:
 def _leading(gram_JJ: Tensor, most: int) -> tuple[Tensor, Left]:
     """`_spectrum` by randomized subspace iteration (Halko, Martinsson and Tropp 2011).
 
-    The squared error is exact for the vectors that are found. Kahan's bound on Ritz values says how
-    far it is from the least: sqrt(2 r) |G Q - Q H|_F, with H = Q^T G Q.
+    The squared error is exact for the vectors that are found. How far it is from the least is
+    estimated from above: by Kahan's bound on Ritz values, sqrt(2 r) |G Q - Q H|_F with H = Q^T G Q,
+    for how far these are from some r eigenvalues of G; and by what the kept values are below the
+    largest eigenvalue outside Q, which power iteration finds, for those being the first r.
     """
     generator = torch.Generator().manual_seed(0)
     size = len(gram_JJ)
@@ -336,9 +370,25 @@ def _leading(gram_JJ: Tensor, most: int) -> tuple[Tensor, Left]:
     square_R, turn_QR = square_Q.flip(0)[:most], turn_QQ.flip(1)[:, :most]
     vectors_JR = q_JQ @ turn_QR
     wrong = float(torch.linalg.matrix_norm(times_JQ @ turn_QR - vectors_JR * square_R))
+    outside = _largest_outside(gram_JJ, q_JQ, generator)
+    missed = float((outside - square_R).clamp_min(0.0).sum())
     kept = torch.cat([square_R.new_zeros(1), square_R.clamp_min(0.0).cumsum(0)])
     discarded = (gram_JJ.diagonal().sum() - kept).clamp_min(0.0).cpu()
-    return vectors_JR, Left(discarded, (2 * most) ** 0.5 * wrong)
+    return vectors_JR, Left(discarded, (2 * most) ** 0.5 * wrong + missed)
+
+
+def _largest_outside(gram_JJ: Tensor, q_JQ: Tensor, generator: torch.Generator) -> float:
+    """The largest eigenvalue of G in the complement of Q, and by what it may be too small."""
+    size = (len(gram_JJ), min(8, len(gram_JJ)))
+    rest = torch.randn(size, generator=generator, dtype=gram_JJ.dtype).to(gram_JJ.device)
+    for _ in range(2 * ITERATIONS):
+        rest = gram_JJ @ rest
+        rest = torch.linalg.qr(rest - q_JQ @ (q_JQ.T @ rest)).Q
+    times = gram_JJ @ rest
+    values, turn = torch.linalg.eigh(rest.T @ times)
+    outside = times - q_JQ @ (q_JQ.T @ times)
+    wrong = torch.linalg.vector_norm(outside @ turn[:, -1] - values[-1] * (rest @ turn[:, -1]))
+    return float(values[-1] + wrong)
 
 
 def _finite(matrix: Tensor) -> Tensor:

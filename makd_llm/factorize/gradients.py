@@ -2,10 +2,12 @@
 
 The forward walk keeps what every layer reads; the backward walk calls the layers again from the
 last to the first, each with the gradient that the one after it left. So no more than one layer is
-held here either, beside the hidden states of all layers on the CPU.
+held here either, beside hidden states on the CPU: of all layers where that is little, else of every
+so-many-th, and those between are made again.
 """
 # B batch, T tokens, D width, N real tokens, M outputs, K inputs, J components
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -16,9 +18,12 @@ from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.matrices import jobs_of
 from makd_llm.factorize.statistics import Read, read_by
-from makd_llm.factorize.walk import Walk
+from makd_llm.factorize.walk import Stream, Walk
 from makd_llm.models.families import Matrix, part_of
 from makd_llm.report.progress import progress
+
+HELD_BYTES = 4 * 1024**3
+"""Of hidden states that a rank holds between forward and backward, if it can."""
 
 Visit = Callable[[int, Matrix, Batch, Read, Tensor], None]
 """(layer, matrix, batch, what it read, the gradient of its outputs (N, M)), over real tokens. Not
@@ -101,15 +106,23 @@ def backward_walk(
     """Calls `visit` for every matrix and batch with the gradient of the batch's summed loss; and
     `before_layer` and `after_layer` around each layer, the last first.
     """
-    streams = [walk.embedded()]
+    stream = walk.embedded()
+    stride = stride_of(len(walk), sum(hidden.nbytes for hidden in stream))
+    kept: dict[int, Stream] = {}
     with progress("gradients: forward", len(walk)) as advance:
         for index in range(len(walk)):
-            streams.append(walk.advanced(index, walk.layer(index), streams[-1]))
+            if index % stride == 0:
+                kept[index] = stream
+            stream = walk.advanced(index, walk.layer(index), stream)
             advance()
-    gradients = _of_last_states(walk, streams.pop())
+    gradients = _of_last_states(walk, stream)
+    del stream
     with progress("gradients: backward", len(walk)) as advance:
         for index in reversed(range(len(walk))):
-            layer, stream = walk.layer(index), streams.pop()
+            for between in range(index - index % stride, index):
+                if between + 1 not in kept:
+                    kept[between + 1] = walk.advanced(between, walk.layer(between), kept[between])
+            layer, stream = walk.layer(index), kept.pop(index)
             before_layer(index)
             for number, batch in enumerate(walk.batches):
                 before_BTD = stream[number].to(walk.device).requires_grad_(True)
@@ -124,6 +137,17 @@ def backward_walk(
                 gradients[number] = before_BTD.grad.to("cpu")
             after_layer(index)
             advance()
+
+
+def stride_of(n_layers: int, stream_bytes: int) -> int:
+    """Every so-many-th layer's inputs are kept: all, where they take no more than `HELD_BYTES`;
+    else as few as that needs; at least so many that the fewest are held at all, 2 sqrt(layers).
+    """
+    most = max(1, round(math.sqrt(n_layers)))
+    for stride in range(1, most):
+        if (math.ceil(n_layers / stride) + stride - 1) * stream_bytes <= HELD_BYTES:
+            return stride
+    return most
 
 
 def _of_last_states(walk: Walk, stream: list[Tensor]) -> list[Tensor]:

@@ -37,6 +37,11 @@ class Job:
         """Of the names of its tensors in the student."""
         return self.name if self.layout is None else f"{self.name}.parts.{self.matrix.part}"
 
+    @property
+    def own_name(self) -> str:
+        """The same within its layer."""
+        return self.matrix.module + self.prefix.removeprefix(self.name)
+
     def own(self, whole: Tensor) -> Tensor:
         """Its share of a tensor whose first dimension is the module's outputs."""
         return whole if self.layout is None else self.layout.split(whole, 0)[self.matrix.part]

@@ -34,8 +34,11 @@ class Parts:
         if path.is_file() and path.read_text(encoding="utf-8") == key:
             return len(list(self.folder.glob("*.safetensors")))
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        write_whole(path, key)
+        try:
+            self.folder.mkdir(parents=True)
+            write_whole(path, key)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
         return 0
 
     def missing(self, names: list[str]) -> list[str]:

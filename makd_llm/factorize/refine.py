@@ -7,7 +7,7 @@ that is the optimum for one matrix, this is for what the matrices of a layer do 
 # B batch, T tokens, D width, N real tokens
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,12 @@ from makd_llm.factorize.walk import Stream, Walk
 
 
 def least_squares(output_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """|a - y|^2 / |y|^2 over all tokens."""
-    return (output_ND - target_ND).square().sum() / target_ND.square().sum()
+    """Mean over tokens of |a - y|^2 / |y|^2.
+
+    Token by token, because the few with huge activations (the first of a text) would otherwise be
+    all that is fitted.
+    """
+    return ((output_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)).mean()
 
 
 def lillama(output_ND: Tensor, target_ND: Tensor) -> Tensor:
@@ -55,19 +59,25 @@ def refine_block(
     streams: dict[str, Stream],
     targets: Stream,
     refinement: Refinement,
-) -> list[float]:
-    """Trains the factors of one layer in place; returns the loss of every step.
+    start: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Trains the factors of one layer in place; returns them in float32, by their names in the
+    layer, and the loss of every step.
 
-    layer: the student's, on the device. streams: `student` and `teacher`, what either reads.
+    layer: the student's, on the device. start: what its factors are before they are rounded to the
+    layer's dtype, by name. streams: `student` and `teacher`, what either reads.
     targets: what the teacher's layer made of the teacher's stream. Each rank has batches of its
     own, the same number of them; gradients are averaged. Collective.
     """
+    if not start:
+        return {}, []
     kept_dtype = next(layer.parameters()).dtype
     layer.float()  # what bf16 stores is too coarse for small steps
-    learning = [p for name, p in layer.named_parameters() if name.endswith((".down", ".up"))]
-    if not learning:
-        layer.to(kept_dtype)
-        return []
+    named = {name: layer.get_parameter(name) for name in start}
+    learning = list(named.values())
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(start[name])
     for parameter in learning:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(learning, lr=refinement.learning_rate)
@@ -98,8 +108,9 @@ def refine_block(
             schedule.step()
             losses.append(float(loss.detach()) / len(used))
     layer.requires_grad_(False)
+    refined = {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
     layer.to(kept_dtype)
-    return losses
+    return refined, losses
 
 
 def _rows(x_BTD: Tensor, batch: Batch) -> Tensor:

@@ -395,5 +395,4 @@ class _Work:
             anew = self.recipe.method in STUDENT_STREAM_METHODS
             return read_factors(self.factors if anew else self.components, job, rank, anew=anew)
         refined = self.factors.read(refined_part(job.layer))
-        name = job.matrix.module + job.prefix.removeprefix(job.name)
-        return refined[f"{name}.down"], refined[f"{name}.up"]
+        return refined[f"{job.own_name}.down"], refined[f"{job.own_name}.up"]

@@ -177,19 +177,27 @@ class StudentStream:
         part = refined_part(index)
         if self.factors.missing([part]):
             streams = {"student": student, "teacher": teacher}
-            losses = refine_block(self.walk, index, layer, streams, after, self.refinement)
-            tensors = dict(_factors_in(layer))
-            tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-            distributed.on_main(self.factors.write, part, tensors)
+            refined, losses = refine_block(
+                self.walk, index, layer, streams, after, self.refinement, self._unrounded(own)
+            )
+            losses_S = torch.tensor(losses, dtype=torch.float64)
+            distributed.on_main(self.factors.write, part, refined | {"losses": losses_S})
             return
         refined = self.factors.read(part)
         with torch.no_grad():
-            for name, parameter in _factors_in(layer):
-                parameter.copy_(refined[name])
+            for name in self._unrounded(own):
+                layer.get_parameter(name).copy_(refined[name])
 
-
-def _factors_in(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, p) for n, p in layer.named_parameters() if n.endswith((".down", ".up"))]
+    def _unrounded(self, own: Sequence[tuple[Job, Rank]]) -> dict[str, Tensor]:
+        """The factors of a layer before refinement, by their names in it."""
+        anew = self.method in STUDENT_STREAM_METHODS
+        parts = self.factors if anew else self.components
+        found: dict[str, Tensor] = {}
+        for job, rank in own:
+            if rank is not None:
+                down_RK, up_MR = read_factors(parts, job, rank, anew=anew)
+                found |= {f"{job.own_name}.down": down_RK, f"{job.own_name}.up": up_MR}
+        return found
 
 
 def as_tensors(factors: Factors) -> dict[str, Tensor]:

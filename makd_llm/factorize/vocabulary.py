@@ -46,7 +46,7 @@ def vocabulary_ranks(
         rank = int(keep * rows * columns / (rows + columns)) // multiple * multiple
         if rank == 0:
             raise UserError(
-                f"student.embedding {keep:g}: a rank of {multiple} (rank_multiple) is already more "
+                f"embedding {keep:g}: a rank of {multiple} (rank_multiple) is already more "
                 f"than that of the {rows} x {columns} {role}; keep more, or lower the multiple"
             )
         ranks[name] = rank

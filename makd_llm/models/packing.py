@@ -13,7 +13,6 @@ Source: ours; QKV packing is common practice in inference engines.
 """
 # M outputs, K inputs, R rank, n rows of an input
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,9 @@ Product = LowRankLinear | nn.Linear
 
 Shape = tuple[int, int]
 """Of a product's weight."""
+
+SIZES: tuple[Shape, ...] = ((256, 256), (1024, 1024))
+"""Of products that are timed beside the model's own."""
 
 POOL_BYTES = 64 * 1024**2
 
@@ -57,7 +59,8 @@ def pack(model: PreTrainedModel, *, rows: int = 1, call: float | None = None) ->
     layers = cast(nn.ModuleList, model.get_submodule(family.layers))
     if call is None:
         weight = next(model.parameters())
-        shapes = _shapes(layers[0], [m.module for m in family.matrices(model.config, 0)])
+        modules = [m.module for m in family.matrices(model.config, 0)]
+        shapes = [*_shapes(layers[0], modules), *SIZES]
         call = numbers_per_call(shapes, weight.device, weight.dtype, rows)
     total = Packing(0, 0, 0)
     for index, layer in enumerate(layers):
@@ -177,10 +180,13 @@ def numbers_per_call(
     seconds = torch.tensor(
         [_seconds(shape, rows, device, dtype) for shape in distinct], dtype=torch.float64
     )
+    if len(distinct) < 2:
+        raise ValueError("a line is fitted through products of two sizes at least")
     centred = numbers - numbers.mean()
     slope = float((centred * seconds).sum() / centred.square().sum())
     at_0 = float(seconds.mean()) - slope * float(numbers.mean())
-    return max(at_0, 0.0) / slope if slope > 0 else math.inf
+    # A slope that noise has hidden says nothing against the factors as they are.
+    return max(at_0, 0.0) / slope if slope > 0 else 0.0
 
 
 def _shapes(layer: nn.Module, names: Iterable[str]) -> Iterator[Shape]:

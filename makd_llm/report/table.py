@@ -106,7 +106,8 @@ class Step:
     """One stage on the way from plain SVD to a finished student.
 
     above_teacher: mean nats per token more than the teacher's. recovered: the share of what the
-    first stage lost that this one has won back from the stage before; None for teacher and first.
+    first stage lost that this one has won back from the stage before; None for teacher and first,
+    and where nothing was lost.
     """
 
     stage: str
@@ -121,7 +122,9 @@ def steps_of(stages: Mapping[str, float]) -> list[Step]:
     above = [math.log(value / teacher) for _, value in students]
     steps = [Step(next(iter(stages)), teacher, 0.0, None)]
     for place, (name, value) in enumerate(students):
-        won = None if place == 0 else (above[place - 1] - above[place]) / above[0]
+        won = None
+        if place > 0 and above[0] > 0:
+            won = (above[place - 1] - above[place]) / above[0]
         steps.append(Step(name, value, above[place], won))
     return steps
 

@@ -66,7 +66,9 @@ PUBLISHED = {
     "Pythia": Published("gpt_neox", settings={"attention_bias": True}),
     "GPT-2": Published("gpt2", tied=True),
     "OPT-125m": Published("opt", tied=True),
-    "OPT-350m": Published("opt", tied=True, settings={"do_layer_norm_before": False}),
+    "OPT-350m": Published(
+        "opt", tied=True, settings={"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+    ),
     "Falcon-7B": Published(
         "falcon",
         tied=True,

@@ -11,6 +11,7 @@ import makd_llm  # noqa: F401  (makes the Auto classes know the students)
 from makd_llm.data.batch import Batch, collate
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
+from makd_llm.factorize import gradients
 from makd_llm.factorize.decompose import svd
 from makd_llm.factorize.gradients import row_fisher, sensitivity
 from makd_llm.factorize.matrices import dense_matrix, jobs_of
@@ -240,6 +241,19 @@ def test_students_walk_as_teachers_do(tmp_path: Path) -> None:
         last = list(walk.finished(stream))[1]
         right = again(batches()[1].input_ids_BT, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(last, right, rtol=1e-4, atol=1e-5)
+
+
+def test_the_way_back_is_the_same_with_few_streams_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [gradients.stride_of(30, size) for size in (0, 2**27, 2**28, 2**40)] == [1, 1, 2, 5]
+    saved("llama", tmp_path)
+    walk = Walk(tmp_path, batches(), dtype=torch.float32, device=CPU)
+    found = row_fisher(walk)
+    monkeypatch.setattr(gradients, "stride_of", lambda n_layers, stream_bytes: 3)
+    again = row_fisher(walk)
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[key], again[key]) for key in found)
 
 
 @pytest.mark.parametrize(("model_type", "key"), [("llama", "up"), ("mixtral", "up.2")])
