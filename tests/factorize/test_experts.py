@@ -75,7 +75,10 @@ def test_an_expert_that_no_token_reaches_is_cut_by_its_weights(
     model = saved_teacher(model_type, tmp_path / "teacher", experts=5)
     reports = cut(tmp_path / "teacher", tmp_path / "student", batches(12), **RECIPES[name])
     (report,) = [r for r in reports if (r.layer, r.key) == (1, "gate.4")]
-    assert report.rank is not None and 0 < report.residual < 1
+    assert report.rank is not None
+    # Of its outputs on the calibration text nothing is lost: there are none.
+    by_weights = name in ("svd", "fwsvd", "asvd")
+    assert 0 < report.residual < 1 if by_weights else report.residual == 0.0
     weight_MK = model.model.layers[1].mlp.experts.gate_up_proj[4].chunk(2)[0].detach()
     best = svd(weight_MK).first(report.rank)
     reader = TensorReader(tmp_path / "student")
