@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import makd_llm  # noqa: F401  (makes the Auto classes know the students)
@@ -174,9 +175,10 @@ def test_refinement_lowers_its_loss(loss: str, inputs: str, tmp_path: Path) -> N
 
     real = student_stream.refine_block
 
-    def watched(*args: Any) -> list[float]:
-        seen.append(real(*args))
-        return seen[-1]
+    def watched(*args: Any) -> tuple[dict[str, Tensor], list[float]]:
+        factors, losses = real(*args)
+        seen.append(losses)
+        return factors, losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(student_stream, "refine_block", watched)
