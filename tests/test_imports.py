@@ -27,6 +27,7 @@ COMPOSERS = (
     "makd_llm.cutting",
     "makd_llm.factorization",
     "makd_llm.cli",
+    "makd_llm.testing",
 )
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
 SEEN_ONLY_BY = {
@@ -41,6 +42,7 @@ SEEN_ONLY_BY = {
         "makd_llm.factorization",
         "makd_llm.cli",
         "makd_llm.checks",
+        "makd_llm.testing",
         *BUILDERS,
     ),
     "makd_llm.checks": ("makd_llm.pipeline",),

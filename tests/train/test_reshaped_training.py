@@ -3,7 +3,6 @@ is that of plain autograd for every split, nothing old is learnt where a level i
 is the same run, and an export has none of them.
 """
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,28 +15,23 @@ from makd_llm.data.batch import Batch
 from makd_llm.models.families import FAMILIES
 from makd_llm.models.origin import Origin, origin_of
 from makd_llm.testing import launch_ranks
+from makd_llm.testing.training import (
+    FP32_ZERO3,
+    assert_same_gradient,
+    factorized,
+    gradients,
+    named_parameters,
+    parts,
+    run_loop,
+    sizes,
+    small_loader,
+)
 
 pytestmark = pytest.mark.slow
 
 HEAD = 8
 MODULES = {matrix.role: matrix.module for matrix in FAMILIES["llama"].dense}
-EVERYTHING = {name: {"layers": "all"} for name in ("matrix", "attention", "hidden")}
-FP32: dict[str, Any] = {
-    "train_batch_size": 4,
-    "train_micro_batch_size_per_gpu": 2,
-    "gradient_accumulation_steps": 1,
-    "zero_optimization": {"stage": 3},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    "steps_per_print": 10**9,
-}
-
-
-def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
-    ds = copy.deepcopy(FP32)
-    ds["train_micro_batch_size_per_gpu"] = micro
-    ds["gradient_accumulation_steps"] = 4 // (world * micro)
-    ds["zero_optimization"]["stage"] = stage
-    return ds
+EVERYTHING = {"objectives": {name: {"layers": "all"} for name in ("matrix", "attention", "hidden")}}
 
 
 def origin_in(folder: Path) -> Origin:
@@ -47,99 +41,6 @@ def origin_in(folder: Path) -> Origin:
     origin = origin_of(read_config(folder))
     assert origin is not None
     return origin
-
-
-def factorized(folder: Path) -> Path:
-    """The low-rank student of the reduced teacher; every rank calls this, first of all."""
-    from makd_llm import distributed
-    from makd_llm.factorize.student import Recipe, factorize
-    from makd_llm.models.source import load_tokenizer
-
-    distributed.init()
-    start, student = folder / "reduced", folder / f"student-{distributed.world_size()}"
-    factorize(
-        start,
-        student,
-        Recipe(keep_ratio=0.5, method="svd", rank_multiple=1),
-        [],
-        tokenizer=load_tokenizer(start),
-        dtype=torch.float32,
-    )
-    return student
-
-
-def parts(
-    folder: Path, student: Path, ds: dict[str, Any], distil: dict[str, Any], **changes: Any
-) -> tuple[Any, Any, Any, Any]:
-    """Student engine with its projections, teacher engine, objectives and loader."""
-    from makd_llm.checkpoint.folder import read_config
-    from makd_llm.config import DataConfig, DistilConfig
-    from makd_llm.models.pairing import pair
-    from makd_llm.models.projections import Projections
-    from makd_llm.models.sharded import load_sharded
-    from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import (
-        build_loader,
-        build_objectives,
-        build_projections,
-        build_prompts,
-    )
-    from makd_llm.train.deepspeed_config import frozen_config
-    from makd_llm.train.engine import Frozen, Trained
-
-    asked = DistilConfig.model_validate({"objectives": EVERYTHING, **distil})
-    config = read_config(student)
-    pairing = pair(config, read_config(folder / "teacher"), asked.layer_map)
-    model = load_sharded(student, ds, torch.float32)
-    objectives = build_objectives(asked, model.family, config.num_hidden_layers, pairing)
-    model.projections = Projections(build_projections(objectives, pairing), ds, torch.float32)
-    frozen = frozen_config(ds, micro_batch_size=2)
-    trained = Trained(model, ds, **changes)
-    teacher = Frozen(load_sharded(folder / "teacher", frozen, torch.float32), frozen)
-    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64)
-    loader = build_loader(
-        data,
-        build_prompts(data, load_tokenizer(student)),
-        batch_size=4,
-        micro_batch_size=ds["train_micro_batch_size_per_gpu"],
-        seed=1,
-        pad_id=2,
-    )
-    return trained, teacher, objectives, loader
-
-
-def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The student's by their names, the projections' by their points."""
-    maps = {
-        f"{layer} {role}": linear.weight
-        for (layer, role), linear in zip(
-            model.projections.points, model.projections.maps, strict=True
-        )
-    }
-    return {**dict(model.model.named_parameters()), **maps}
-
-
-def gradients(
-    folder: Path, student: Path, ds: dict[str, Any], distil: dict[str, Any], **changes: Any
-) -> dict[str, torch.Tensor]:
-    """The gradient of one optimizer step's loss, whole, before clipping."""
-    from deepspeed.utils import safe_get_full_grad
-
-    from makd_llm import distributed
-    from makd_llm.train.step import distill_step
-
-    trained, teacher, objectives, loader = parts(folder, student, ds, distil, **changes)
-    batches = loader.next_step()
-    counts = torch.tensor([[float(b.n_targets), float(b.n_tokens)] for b in batches]).sum(0)
-    targets, tokens = distributed.sum_over_ranks(counts).tolist()
-    for index, one in enumerate(batches):
-        distill_step(trained, teacher, objectives, one, {"targets": targets, "tokens": tokens})
-        if index < len(batches) - 1:
-            trained.step()
-    found = {n: safe_get_full_grad(p).clone() for n, p in named_parameters(trained.model).items()}
-    trained.close()
-    teacher.close()
-    return found
 
 
 def by_hand(origin: Origin) -> dict[str, torch.Tensor]:
@@ -179,15 +80,7 @@ def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
     """The same by plain transformers and autograd, the objective written out in full."""
     import torch.nn.functional as F
 
-    from makd_llm.config import DataConfig
-    from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import build_loader, build_prompts
-
-    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64)
-    prompts = build_prompts(data, load_tokenizer(student))
-    one = build_loader(
-        data, prompts, batch_size=4, micro_batch_size=4, seed=1, pad_id=2
-    ).next_step()[0]
+    one = small_loader(folder, student, micro_batch_size=4).next_step()[0]
     model, student_out, ours = shown_by(student, one)
     _, teacher_out, theirs = shown_by(folder / "teacher", one)
     origin = origin_in(student)
@@ -226,86 +119,52 @@ def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
 
 def on_one_rank(folder: str) -> dict[str, Any]:
     path = Path(folder)
-    student = factorized(path)
+    student = factorized(path, "reduced")
+
+    def of(world: int, micro: int, stage: int = 3, **trained: Any) -> dict[str, torch.Tensor]:
+        return gradients(path, student, sizes(world, micro, stage), distil=EVERYTHING, **trained)
+
     return {
         "plain": plain_gradients(path, student),
-        "stage 1": gradients(path, student, sizes(1, 4, stage=1), {}),
-        "stage 2": gradients(path, student, sizes(1, 4, stage=2), {}),
-        "accumulation": gradients(path, student, sizes(1, 2), {}),
-        "checkpointing": gradients(path, student, sizes(1, 4), {}, gradient_checkpointing=True),
+        "stage 1": of(1, 4, stage=1),
+        "stage 2": of(1, 4, stage=2),
+        "accumulation": of(1, 2),
+        "checkpointing": of(1, 4, gradient_checkpointing=True),
         "pipeline": through_the_pipeline(path, student),
     }
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:
     path = Path(folder)
-    student = factorized(path)
+    student = factorized(path, "reduced")
     return {
-        "2 ranks": gradients(path, student, sizes(2, 2), {}),
+        "2 ranks": gradients(path, student, sizes(2, 2), distil=EVERYTHING),
         "staged": staged(path, student),
         "resumed": resumed(path, student),
     }
-
-
-def run_loop(
-    folder: Path, student: Path, run_dir: Path, distil: dict[str, Any], after: Any = None
-) -> tuple[dict[str, torch.Tensor], dict[str, int], list[str]]:
-    """8 steps on two ranks. Returns all parameters whole, each rank's share of the projections, and
-    what the checkpoints said.
-    """
-    import deepspeed
-
-    from makd_llm.checkpoint.state import Checkpoints
-    from makd_llm.config import DistilConfig
-    from makd_llm.train.build import staged_shares
-    from makd_llm.train.loop import Loop, LoopSettings
-    from makd_llm.train.step import distill_step
-
-    trained, teacher, objectives, loader = parts(folder, student, sizes(2, 2), distil)
-    said: list[str] = []
-    loop = Loop(
-        trained,
-        objectives,
-        loader,
-        Checkpoints(run_dir / "checkpoints", keep=2, tell=said.append),
-        LoopSettings("distil", 8, 4, staged=staged_shares(DistilConfig.model_validate(distil))),
-        run_dir,
-    )
-
-    def step(one: Any, counts: dict[str, float]) -> Any:
-        losses = distill_step(trained, teacher, objectives, one, counts)
-        if after:
-            after(loop.step, trained.model)
-        return losses
-
-    loop.run(step)
-    parameters = named_parameters(trained.model)
-    shares = {n: p.ds_tensor.numel() for n, p in parameters.items()}  # type: ignore[attr-defined]
-    whole = {}
-    for name, parameter in parameters.items():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            whole[name] = parameter.detach().clone()
-    trained.close()
-    teacher.close()
-    return whole, shares, said
 
 
 def staged(folder: Path, student: Path) -> dict[str, Any]:
     """At each step of a staged schedule, the largest gradient of each kind of projection."""
     from deepspeed.utils import safe_get_full_grad
 
+    schedule = {"kind": "staged", "matrix": 0.25, "layer": 0.25, "model": 0.5}
+    distil = {**EVERYTHING, "schedule": schedule}
+    made = parts(folder, student, sizes(2, 2), distil=distil)
+    projections = made.trained.model.projections
+    assert projections is not None
     seen: dict[int, dict[str, float]] = {}
 
-    def look(step: int, model: Any) -> None:
+    def look(step: int) -> None:
         seen[step] = {"matrix": 0.0, "hidden": 0.0}
-        for (_, role), linear in zip(model.projections.points, model.projections.maps, strict=True):
+        for (_, role), linear in zip(projections.points, projections.maps, strict=True):
             kind = "hidden" if role == "hidden" else "matrix"
             largest = float(safe_get_full_grad(linear.weight).abs().max())
             seen[step][kind] = max(seen[step][kind], largest)
 
-    schedule = {"kind": "staged", "matrix": 0.25, "layer": 0.25, "model": 0.5}
     run_dir = folder / "staged"
-    run_loop(folder, student, run_dir, {"schedule": schedule}, look)
+    run_loop(made, run_dir, 8, distil=distil, after=look)
+    made.close()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     losses = [[k for k in json.loads(line) if k.startswith("loss/")] for line in lines]
     return {"gradients": seen, "losses": losses}
@@ -316,11 +175,29 @@ def resumed(folder: Path, student: Path) -> dict[str, Any]:
     from makd_llm import distributed
 
     run_dir = folder / "resumed"
-    first, shares, _ = run_loop(folder, student, run_dir, {})
+    first, shares, _ = eight_steps(folder, student, run_dir)
     last = run_dir / "checkpoints" / "step-00000008"
     distributed.on_main(shutil.rmtree, last)
-    second, _, said = run_loop(folder, student, run_dir, {})
+    second, _, said = eight_steps(folder, student, run_dir)
     return {"first": first, "second": second, "shares": shares, "said": said}
+
+
+def eight_steps(
+    folder: Path, student: Path, run_dir: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, int], list[str]]:
+    """All parameters whole, how much of each this rank has, and what the checkpoints said."""
+    import deepspeed
+
+    made = parts(folder, student, sizes(2, 2), distil=EVERYTHING)
+    said = run_loop(made, run_dir, 8, save_every=4)
+    parameters = named_parameters(made.trained)
+    shares = {n: p.ds_tensor.numel() for n, p in parameters.items()}  # type: ignore[attr-defined]
+    whole = {}
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole[name] = parameter.detach().clone()
+    made.close()
+    return whole, shares, said
 
 
 def through_the_pipeline(folder: Path, student: Path) -> list[str]:
@@ -331,7 +208,7 @@ def through_the_pipeline(folder: Path, student: Path) -> list[str]:
 
     ds = folder / "ds.json"
     precision = {"bf16": {"enabled": True}, "gradient_accumulation_steps": 2}
-    ds.write_text(json.dumps({**FP32, **precision}))
+    ds.write_text(json.dumps({**FP32_ZERO3, **precision}))
     overrides = [f"run_dir={folder}/run", f"data.source={folder}", "data.max_length=64"]
     overrides += ["evaluation.max_new_tokens=4", "distil.train.steps=2"]
     overrides += ["distil.objectives.matrix.input=teacher"]
@@ -354,17 +231,6 @@ def one_rank(reshaped: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(reshaped: Path) -> list[dict[str, Any]]:
     return launch_ranks(2, on_two_ranks, str(reshaped), timeout=400)
-
-
-def assert_same_gradient(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
-    assert set(actual) == set(expected)
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(
-            actual[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize("split", ["stage 1", "stage 2", "accumulation", "checkpointing"])

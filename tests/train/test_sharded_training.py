@@ -5,9 +5,7 @@ Starting processes is the dear part, so each group of checks shares one start; t
 at its results.
 """
 
-import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,106 +13,17 @@ import pytest
 import torch
 
 from makd_llm.testing import launch_ranks
+from makd_llm.testing.training import (
+    assert_same_gradient,
+    factorized,
+    gradients,
+    parts,
+    run_loop,
+    sizes,
+    small_loader,
+)
 
 pytestmark = pytest.mark.slow
-
-FP32_ZERO3: dict[str, Any] = {
-    "train_batch_size": 4,
-    "train_micro_batch_size_per_gpu": 2,
-    "gradient_accumulation_steps": 1,
-    "zero_optimization": {"stage": 3},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    "steps_per_print": 10**9,
-}
-
-
-def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
-    ds = copy.deepcopy(FP32_ZERO3)
-    ds["train_micro_batch_size_per_gpu"] = micro
-    ds["gradient_accumulation_steps"] = 4 // (world * micro)
-    ds["zero_optimization"]["stage"] = stage
-    return ds
-
-
-def factorized(folder: Path) -> Path:
-    """The student's folder, made by plain SVD; every rank calls this, first of all."""
-    from makd_llm import distributed
-    from makd_llm.factorize.student import Recipe, factorize
-    from makd_llm.models.source import load_tokenizer
-
-    distributed.init()
-    teacher, student = folder / "teacher", folder / f"student-{distributed.world_size()}"
-    factorize(
-        teacher,
-        student,
-        Recipe(keep_ratio=0.5, method="svd", rank_multiple=1),
-        [],
-        tokenizer=load_tokenizer(teacher),
-        dtype=torch.float32,
-    )
-    return student
-
-
-def parts(
-    folder: Path,
-    student: Path,
-    ds: dict[str, Any],
-    objectives: dict[str, Any] | None = None,
-    **changes: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """Student engine, teacher engine, objectives and loader of a small run."""
-    from makd_llm import distributed
-    from makd_llm.checkpoint.folder import read_config
-    from makd_llm.config import DataConfig, DistilConfig
-    from makd_llm.models.families import family_of
-    from makd_llm.models.sharded import load_sharded
-    from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import build_loader, build_objectives, build_prompts
-    from makd_llm.train.deepspeed_config import frozen_config
-    from makd_llm.train.engine import Frozen, Trained
-
-    config = read_config(student)
-    distil = DistilConfig.model_validate(
-        {"objectives": objectives or {}, **changes.pop("distil", {})}
-    )
-    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64, **changes.pop("data", {}))
-    frozen = frozen_config(ds, micro_batch_size=2)
-    trained = Trained(load_sharded(student, ds, torch.float32), ds, **changes)
-    teacher = Frozen(load_sharded(folder / "teacher", frozen, torch.float32), frozen)
-    built = build_objectives(distil, family_of(config), config.num_hidden_layers)
-    loader = build_loader(
-        data,
-        build_prompts(data, load_tokenizer(student)),
-        batch_size=4,
-        micro_batch_size=ds["train_micro_batch_size_per_gpu"],
-        seed=1,
-        pad_id=2,
-    )
-    assert distributed.world_size() >= 1
-    return trained, teacher, built, loader
-
-
-def gradients(
-    folder: Path, student: Path, ds: dict[str, Any], **changes: Any
-) -> dict[str, torch.Tensor]:
-    """The gradient of one optimizer step's loss, whole, before clipping."""
-    from deepspeed.utils import safe_get_full_grad
-
-    from makd_llm import distributed
-    from makd_llm.train.step import distill_step
-
-    trained, teacher, objectives, loader = parts(folder, student, ds, **changes)
-    batches = loader.next_step()
-    counts = torch.tensor([[float(b.n_targets), float(b.n_tokens)] for b in batches]).sum(0)
-    targets, tokens = distributed.sum_over_ranks(counts).tolist()
-    for index, batch in enumerate(batches):
-        distill_step(trained, teacher, objectives, batch, {"targets": targets, "tokens": tokens})
-        if index < len(batches) - 1:
-            trained.step()
-    found = {n: safe_get_full_grad(p).clone() for n, p in trained.model.model.named_parameters()}
-    trained.close()
-    teacher.close()
-    return found
 
 
 def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
@@ -124,15 +33,7 @@ def plain_gradients(folder: Path, student: Path) -> dict[str, torch.Tensor]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    from makd_llm.config import DataConfig
-    from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import build_loader, build_prompts
-
-    data = DataConfig(source=str(folder / "train.jsonl"), max_length=64)
-    prompts = build_prompts(data, load_tokenizer(student))
-    batch = build_loader(
-        data, prompts, batch_size=4, micro_batch_size=4, seed=1, pad_id=2
-    ).next_step()[0]
+    batch = small_loader(folder, student, micro_batch_size=4).next_step()[0]
     models = []
     for path in (student, folder / "teacher"):
         model = AutoModelForCausalLM.from_pretrained(
@@ -194,10 +95,10 @@ def on_one_rank(folder: str) -> dict[str, Any]:
 def on_two_ranks(folder: str) -> dict[str, Any]:
     path = Path(folder)
     student = factorized(path)
-    teacher_input = {"matrix": {"input": "teacher", "layers": "all"}}
+    teacher_input = {"objectives": {"matrix": {"input": "teacher", "layers": "all"}}}
     return {
         "2 ranks": gradients(path, student, sizes(2, 2)),
-        "2 ranks, teacher input": gradients(path, student, sizes(2, 2), objectives=teacher_input),
+        "2 ranks, teacher input": gradients(path, student, sizes(2, 2), distil=teacher_input),
         "teacher": teacher_untouched(path, student),
         "memory": memory_over_steps(path, student),
         "not finite": not_finite(path, student),
@@ -205,65 +106,21 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     }
 
 
-def run_loop(
-    folder: Path,
-    student: Path,
-    steps: int,
-    after: Callable[[int], None] = lambda step: None,
-    **changes: Any,
-) -> Any:
-    from makd_llm.checkpoint.state import Checkpoints
-    from makd_llm.train.build import staged_shares
-    from makd_llm.train.loop import Loop, LoopSettings
-    from makd_llm.train.step import distill_step
-
-    spoil = changes.pop("spoil", lambda teacher: None)
-    distil = changes.get("distil", {})
-    trained, teacher, objectives, loader = parts(folder, student, sizes(2, 2), **changes)
-    spoil(teacher)
-    from makd_llm.config import DistilConfig
-
-    settings = LoopSettings(
-        "distil", steps, 10**9, max_bad_steps=3, staged=staged_shares(DistilConfig(**distil))
-    )
-    run_dir = folder / f"run-{steps}"
-    loop = Loop(
-        trained,
-        objectives,
-        loader,
-        Checkpoints(run_dir / "checkpoints", keep=1, tell=print),
-        settings,
-        run_dir,
-    )
-
-    def step(batch: Any, counts: dict[str, float]) -> Any:
-        losses = distill_step(trained, teacher, objectives, batch, counts)
-        after(loop.step)
-        return losses
-
-    try:
-        loop.run(step)
-    finally:
-        result = (trained, teacher, loop)
-    return result
-
-
 def teacher_untouched(folder: Path, student: Path) -> dict[str, Any]:
+    from makd_llm.checkpoint.folder import TensorReader
     from makd_llm.train.engine import whole_tensors
 
-    trained, teacher, _ = run_loop(folder, student, 2)
-    from makd_llm.checkpoint.folder import TensorReader
-
+    made = parts(folder, student, sizes(2, 2))
+    run_loop(made, folder / "untouched", 2)
+    teacher = made.teacher.model
     reader = TensorReader(folder / "teacher")
-    same = all(torch.equal(t, reader.get(n)) for n, t in whole_tensors(teacher.model))
     result = {
-        "requires_grad": any(p.requires_grad for p in teacher.model.parameters()),
-        "grad": any(p.grad is not None for p in teacher.model.parameters()),
-        "same": same,
-        "training": teacher.model.training,
+        "requires_grad": any(p.requires_grad for p in teacher.parameters()),
+        "grad": any(p.grad is not None for p in teacher.parameters()),
+        "same": all(torch.equal(t, reader.get(n)) for n, t in whole_tensors(teacher)),
+        "training": teacher.training,
     }
-    trained.close()
-    teacher.close()
+    made.close()
     return result
 
 
@@ -280,35 +137,36 @@ def memory_over_steps(folder: Path, student: Path) -> list[int]:
             gc.collect()
             seen[step] = psutil.Process().memory_info().rss
 
-    trained, teacher, _ = run_loop(folder, student, 65, look)
-    trained.close()
-    teacher.close()
+    made = parts(folder, student, sizes(2, 2))
+    run_loop(made, folder / "memory", 65, after=look)
+    made.close()
     return [seen[15], seen[65]]
 
 
-def not_finite(folder: Path, student: Path) -> dict[str, Any]:
+def not_finite(folder: Path, student: Path) -> list[dict[str, Any]]:
+    """What is written about steps whose teacher gives no numbers."""
     import deepspeed
 
     from makd_llm.errors import Diverged
 
-    def spoil(teacher: Any) -> None:
-        norm = teacher.model.model.model.norm.weight
-        with deepspeed.zero.GatheredParameters([norm], modifier_rank=0):
-            norm.data.fill_(float("nan"))
-
+    made = parts(folder, student, sizes(2, 2))
+    norm = made.teacher.model.model.model.norm.weight
+    with deepspeed.zero.GatheredParameters([norm], modifier_rank=0):
+        norm.data.fill_(float("nan"))
     with pytest.raises(Diverged, match="3 steps in a row"):
-        run_loop(folder, student, 7, spoil=spoil)
-    lines = (folder / "run-7" / "bad_steps.jsonl").read_text().splitlines()
-    return {"lines": [json.loads(line) for line in lines]}
+        run_loop(made, folder / "not-finite", 7)
+    made.close()
+    lines = (folder / "not-finite" / "bad_steps.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def staged(folder: Path, student: Path) -> list[list[str]]:
     """Which losses were measured at each step of a staged schedule."""
     distil = {"schedule": {"kind": "staged", "matrix": 0.25, "layer": 0.25, "model": 0.5}}
-    trained, teacher, _ = run_loop(folder, student, 8, distil=distil)
-    trained.close()
-    teacher.close()
-    lines = (folder / "run-8" / "metrics.jsonl").read_text().splitlines()
+    made = parts(folder, student, sizes(2, 2), distil=distil)
+    run_loop(made, folder / "staged", 8, distil=distil)
+    made.close()
+    lines = (folder / "staged" / "metrics.jsonl").read_text().splitlines()
     return [
         [k.removeprefix("loss/") for k in json.loads(line) if k.startswith("loss/")]
         for line in lines
@@ -323,17 +181,6 @@ def one_rank(tiny: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tiny: Path) -> list[dict[str, Any]]:
     return launch_ranks(2, on_two_ranks, str(tiny), timeout=400)
-
-
-def assert_same_gradient(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
-    assert set(actual) == set(expected)
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(
-            actual[name], gradient, rtol=1e-3, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize(
@@ -378,7 +225,7 @@ def test_memory_does_not_grow_over_fifty_steps(two_ranks: list[dict[str, Any]]) 
 def test_steps_without_a_finite_gradient_are_skipped_named_and_end_the_run(
     two_ranks: list[dict[str, Any]],
 ) -> None:
-    lines = two_ranks[0]["not finite"]["lines"]
+    lines = two_ranks[0]["not finite"]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(len(line["record_ids"]) == 4 for line in lines)
 
@@ -395,9 +242,7 @@ def closed_engines(folder: str) -> int:
     import gc
 
     student = factorized(Path(folder))
-    trained, teacher, _, _ = parts(Path(folder), student, sizes(1, 4))
-    trained.close()
-    teacher.close()
+    parts(Path(folder), student, sizes(1, 4)).close()
     gc.collect()
     alive = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
     return sum(t.numel() * t.element_size() for t in alive)

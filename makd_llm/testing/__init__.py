@@ -3,6 +3,7 @@
 `run_on_ranks(2)` turns a test into two fresh Python processes with a gloo group between them, so
 sharded logic is tested on any machine. The processes load the test's own file by its path, which
 works under every pytest import mode; the body is therefore a function at the top of its module.
+`testing.training` has a small distillation run for such bodies.
 
 This module needs pytest (the `dev` extra); nothing outside the tests imports it.
 """
@@ -50,7 +51,7 @@ def shared_data(name: str) -> Path:
 
     It is looked for in `$MAKD_SHARED`, and otherwise in the folder `shared` beside the checkout.
     """
-    beside_checkout = Path(__file__).resolve().parents[2] / "shared"
+    beside_checkout = Path(__file__).resolve().parents[3] / "shared"
     path = Path(os.environ.get("MAKD_SHARED", beside_checkout)) / name
     if not path.exists():
         pytest.skip(f"needs the shared material {name!r}; set MAKD_SHARED to its folder")

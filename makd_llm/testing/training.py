@@ -1,0 +1,205 @@
+"""A small distillation run on DeepSpeed's engines, put together by hand: what the tests of training
+look into.
+
+Everything here runs on the ranks that `launch_ranks` starts. A folder holds `teacher/` and
+`train.jsonl`; the student is compared with that teacher, through projections where their shapes
+ask for them.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from makd_llm import distributed
+from makd_llm.checkpoint.folder import read_config
+from makd_llm.checkpoint.state import Checkpoints
+from makd_llm.config import DataConfig, DistilConfig
+from makd_llm.data.loader import TrainLoader
+from makd_llm.factorize.student import Recipe, factorize
+from makd_llm.models.pairing import pair
+from makd_llm.models.projections import Projections
+from makd_llm.models.sharded import load_sharded
+from makd_llm.models.source import load_tokenizer
+from makd_llm.objectives.combine import Objectives
+from makd_llm.train.build import (
+    build_loader,
+    build_objectives,
+    build_projections,
+    build_prompts,
+    staged_shares,
+)
+from makd_llm.train.deepspeed_config import frozen_config
+from makd_llm.train.engine import Frozen, Trained
+from makd_llm.train.loop import Loop, LoopSettings
+from makd_llm.train.step import distill_step
+
+BATCH = 4
+FP32_ZERO3: dict[str, Any] = {
+    "train_batch_size": BATCH,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "steps_per_print": 10**9,
+}
+
+
+class Parts(NamedTuple):
+    """What a distillation step needs."""
+
+    trained: Trained
+    teacher: Frozen
+    objectives: Objectives
+    loader: TrainLoader
+
+    def close(self) -> None:
+        self.trained.close()
+        self.teacher.close()
+
+
+def sizes(world: int, micro: int, stage: int = 3) -> dict[str, Any]:
+    """A DeepSpeed config in float32 for batches of 4, split over ranks and micro-batches."""
+    ds = copy.deepcopy(FP32_ZERO3)
+    ds["train_micro_batch_size_per_gpu"] = micro
+    ds["gradient_accumulation_steps"] = BATCH // (world * micro)
+    ds["zero_optimization"]["stage"] = stage
+    return ds
+
+
+def factorized(folder: Path, start: str = "teacher") -> Path:
+    """A low-rank student of the model in `start`, by plain SVD; every rank calls this, first of
+    all.
+    """
+    distributed.init()
+    student = folder / f"student-{distributed.world_size()}"
+    factorize(
+        folder / start,
+        student,
+        Recipe(keep_ratio=0.5, method="svd", rank_multiple=1),
+        [],
+        tokenizer=load_tokenizer(folder / start),
+        dtype=torch.float32,
+    )
+    return student
+
+
+def small_loader(
+    folder: Path, student: Path, micro_batch_size: int, data: dict[str, Any] | None = None
+) -> TrainLoader:
+    """Batches of 4 records of `train.jsonl`, always in the same order."""
+    settings = DataConfig(source=str(folder / "train.jsonl"), max_length=64, **(data or {}))
+    return build_loader(
+        settings,
+        build_prompts(settings, load_tokenizer(student)),
+        batch_size=BATCH,
+        micro_batch_size=micro_batch_size,
+        seed=1,
+        pad_id=2,
+    )
+
+
+def parts(
+    folder: Path,
+    student: Path,
+    ds: dict[str, Any],
+    distil: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    **trained: Any,
+) -> Parts:
+    """Engines, objectives and loader. distil, data: settings of these blocks; trained: of the
+    student's engine.
+    """
+    asked = DistilConfig.model_validate(distil or {})
+    config = read_config(student)
+    pairing = pair(config, read_config(folder / "teacher"), asked.layer_map)
+    model = load_sharded(student, ds, torch.float32)
+    objectives = build_objectives(asked, model.family, config.num_hidden_layers, pairing)
+    projections = build_projections(objectives, pairing)
+    if projections:
+        model.projections = Projections(projections, ds, torch.float32)
+    frozen = frozen_config(ds, micro_batch_size=2)
+    return Parts(
+        Trained(model, ds, **trained),
+        Frozen(load_sharded(folder / "teacher", frozen, torch.float32), frozen),
+        objectives,
+        small_loader(folder, student, ds["train_micro_batch_size_per_gpu"], data),
+    )
+
+
+def named_parameters(trained: Trained) -> dict[str, torch.nn.Parameter]:
+    """The student's by their names, its projections' by their points, e.g. `0 gate`."""
+    found = dict(trained.model.model.named_parameters())
+    projections = trained.model.projections
+    if projections is not None:
+        for (layer, role), weight in zip(projections.points, projections.parameters(), strict=True):
+            found[f"{layer} {role}"] = weight
+    return found
+
+
+def gradients(
+    folder: Path, student: Path, ds: dict[str, Any], **changes: Any
+) -> dict[str, torch.Tensor]:
+    """The gradient of one optimizer step's loss, whole, before clipping. changes: as in parts."""
+    made = parts(folder, student, ds, **changes)
+    trained, teacher, objectives, loader = made
+    batches = loader.next_step()
+    counts = torch.tensor([[float(b.n_targets), float(b.n_tokens)] for b in batches]).sum(0)
+    targets, tokens = distributed.sum_over_ranks(counts).tolist()
+    for index, batch in enumerate(batches):
+        distill_step(trained, teacher, objectives, batch, {"targets": targets, "tokens": tokens})
+        if index < len(batches) - 1:
+            trained.step()
+    found = {n: safe_get_full_grad(p).clone() for n, p in named_parameters(trained).items()}
+    made.close()
+    return found
+
+
+def run_loop(
+    made: Parts,
+    run_dir: Path,
+    steps: int,
+    *,
+    distil: dict[str, Any] | None = None,
+    save_every: int = 10**9,
+    after: Callable[[int], None] = lambda step: None,
+) -> list[str]:
+    """Trains for so many steps; what the checkpoints said. after: called after each micro-batch."""
+    said: list[str] = []
+    loop = Loop(
+        made.trained,
+        made.objectives,
+        made.loader,
+        Checkpoints(run_dir / "checkpoints", keep=2, tell=said.append),
+        LoopSettings(
+            "distil",
+            steps,
+            save_every,
+            max_bad_steps=3,
+            staged=staged_shares(DistilConfig.model_validate(distil or {})),
+        ),
+        run_dir,
+    )
+
+    def step(batch: Any, counts: dict[str, float]) -> Any:
+        losses = distill_step(made.trained, made.teacher, made.objectives, batch, counts)
+        after(loop.step)
+        return losses
+
+    loop.run(step)
+    return said
+
+
+def assert_same_gradient(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    """Every gradient of `expected` is there, is not zero, and agrees in float32."""
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-3, atol=2e-6, msg=f"{name}: {{}}".format
+        )
