@@ -358,6 +358,15 @@ def belongs_to_model_folder(entry: Path) -> bool:
     return entry.suffix in _MODEL_SUFFIXES or entry.name in _MODEL_FILES
 
 
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """A model folder's settings for generation, where it has any."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
 def write_config(
     folder: str | Path,
     config: PreTrainedConfig,

@@ -16,9 +16,9 @@ from makd_llm.factorize import decompose, parallel
 from makd_llm.factorize.decompose import Components
 from makd_llm.factorize.gradients import backward_walk
 from makd_llm.factorize.matrices import Job, dense_matrix
-from makd_llm.factorize.parts import Parts
 from makd_llm.factorize.statistics import InputStatistics, Read, group_of, inputs_of
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.parts import Parts
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.models.families import Matrix
 from makd_llm.report.progress import progress
 

@@ -18,7 +18,7 @@ from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.matrices import jobs_of
 from makd_llm.factorize.statistics import Read, read_by
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.models.families import Matrix, part_of
 from makd_llm.report.progress import progress
 

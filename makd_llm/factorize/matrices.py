@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from makd_llm.checkpoint.folder import TensorReader
-from makd_llm.factorize.ranks import Rank, Shape
+from makd_llm.factorize.ranks import MatrixShape, Rank
 from makd_llm.models.families import Matrix, matrices_of
 from makd_llm.models.modeling_lowrank import Fused, Ranks, factor_module, fused_layout
 
@@ -28,7 +28,7 @@ class Job:
     layer: int
     matrix: Matrix
     name: str
-    shape: Shape
+    shape: MatrixShape
     most: int
     layout: Fused | None = None
 
@@ -55,14 +55,9 @@ def jobs_of(reader: TensorReader, config: PreTrainedConfig) -> list[Job]:
         rows, columns = reversed(stored) if matrix.transposed else stored
         layout = fused_layout(config, name)
         rows = rows if layout is None else layout.size(matrix.part)
-        shape = Shape(f"layer {layer} {matrix.key}", matrix.role, rows, columns)
-        jobs.append(Job(layer, matrix, name, shape, break_even(shape), layout))
+        shape = MatrixShape(f"layer {layer} {matrix.key}", matrix.role, rows, columns)
+        jobs.append(Job(layer, matrix, name, shape, shape.break_even, layout))
     return jobs
-
-
-def break_even(shape: Shape) -> int:
-    """With that many components, a factor pair is as large as the matrix."""
-    return -(-shape.dense // (shape.rows + shape.columns))
 
 
 def dense_matrix(reader: TensorReader, job: Job) -> Tensor:

@@ -27,7 +27,7 @@ Limits = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatrixShape:
     """A matrix as the budget sees it."""
 
     name: str
@@ -40,13 +40,22 @@ class Shape:
         """Numbers that it stores when dense."""
         return self.rows * self.columns
 
+    @property
+    def break_even(self) -> int:
+        """With that many components, a factor pair is as large as the matrix."""
+        return -(-self.dense // (self.rows + self.columns))
+
     def stored(self, rank: Rank) -> int:
         """Numbers that it stores at this rank."""
         return self.dense if rank is None else rank * (self.rows + self.columns)
 
 
 def uniform_ranks(
-    shapes: Sequence[Shape], keep_ratio: float, *, multiple: int = 1, limits: Limits | None = None
+    shapes: Sequence[MatrixShape],
+    keep_ratio: float,
+    *,
+    multiple: int = 1,
+    limits: Limits | None = None,
 ) -> list[Rank]:
     """Every matrix at keep_ratio of its numbers. What rounding to the multiple leaves over goes to
     the matrices that it took most from, one multiple each.
@@ -82,7 +91,7 @@ def uniform_ranks(
 
 
 def greedy_ranks(
-    shapes: Sequence[Shape],
+    shapes: Sequence[MatrixShape],
     losses: Sequence[Sequence[float]],
     keep_ratio: float,
     *,
@@ -149,10 +158,9 @@ def _filled(
     return [o[p] for o, p in zip(options, places, strict=True)]
 
 
-def _options(shape: Shape, multiple: int, limits: Limits | None) -> list[Rank]:
+def _options(shape: MatrixShape, multiple: int, limits: Limits | None) -> list[Rank]:
     """What a matrix may become, cheapest first: the multiples below break-even, then dense."""
-    break_even = -(-shape.dense // (shape.rows + shape.columns))
-    ranks: list[Rank] = [*range(multiple, break_even, multiple), None]
+    ranks: list[Rank] = [*range(multiple, shape.break_even, multiple), None]
     low, high = (limits or {}).get(shape.role, (0.0, 1.0))
     allowed = [r for r in ranks if low * shape.dense <= shape.stored(r) <= high * shape.dense]
     if not allowed:
@@ -164,7 +172,7 @@ def _options(shape: Shape, multiple: int, limits: Limits | None) -> list[Rank]:
 
 
 def _budget(
-    shapes: Sequence[Shape], options: list[list[Rank]], keep_ratio: float, multiple: int
+    shapes: Sequence[MatrixShape], options: list[list[Rank]], keep_ratio: float, multiple: int
 ) -> int:
     if not 0.0 < keep_ratio <= 1.0:
         raise UserError(f"keep_ratio is {keep_ratio}, expected more than 0 and at most 1")

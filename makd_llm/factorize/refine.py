@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.walk import Stream, Walk
 
 
 def least_squares(output_ND: Tensor, target_ND: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.matrices import Job, dense_matrix, jobs_of
 from makd_llm.factorize.statistics import group_of, inputs_of, real_rows
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.models.modeling_lowrank import LowRankLinear, LowRankParts
 from makd_llm.report.progress import progress
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
-from makd_llm.factorize.walk import Reached
+from makd_llm.layerwise.walk import Reached
 from makd_llm.models.families import Matrix, shared_inputs
 from makd_llm.models.modeling_lowrank import Expert
 

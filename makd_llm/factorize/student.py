@@ -22,11 +22,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from makd_llm import distributed
 from makd_llm.checkpoint.export import expected_shapes, write_model
-from makd_llm.checkpoint.folder import TensorReader, check_target, read_config
+from makd_llm.checkpoint.folder import (
+    TensorReader,
+    check_target,
+    read_config,
+    read_generation_config,
+)
 from makd_llm.data.batch import Batch, digest_of
 from makd_llm.errors import UserError
 from makd_llm.factorize import decompose
@@ -46,7 +51,6 @@ from makd_llm.factorize.matrices import (
     lowrank_of,
     student_tensors,
 )
-from makd_llm.factorize.parts import Parts
 from makd_llm.factorize.ranks import Limits, Rank, greedy_ranks, uniform_ranks
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.student_stream import (
@@ -64,8 +68,9 @@ from makd_llm.factorize.vocabulary import (
     vocabulary_modules,
     vocabulary_ranks,
 )
-from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
+from makd_llm.layerwise.parts import Parts
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models.modeling_lowrank import lowrank_config
 from makd_llm.models.origin import clear_origin
 
@@ -366,9 +371,7 @@ class _Work:
 
     def assemble(self, ranks: Sequence[Rank], tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Writes the student's folder from the teacher's and the parts, and clears the parts."""
-        generation = None
-        if (self.teacher / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(self.teacher, local_files_only=True)
+        generation = read_generation_config(self.teacher)
         lowrank = lowrank_of(self.jobs, ranks) | self.vocabulary
         config = lowrank_config(self.config, lowrank)
         write_model(self.student, config, self._tensors(config, ranks), generation, tokenizer)

@@ -18,11 +18,11 @@ from makd_llm.factorize import decompose, parallel
 from makd_llm.factorize.calibration import part_of, widths_of_inputs
 from makd_llm.factorize.decompose import Factors
 from makd_llm.factorize.matrices import Job, dense_matrix, place
-from makd_llm.factorize.parts import Parts
 from makd_llm.factorize.ranks import Rank
 from makd_llm.factorize.refine import Refinement, refine_block
 from makd_llm.factorize.statistics import group_of, inputs_of, paired
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.parts import Parts
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.models.families import stages
 from makd_llm.report.progress import progress
 

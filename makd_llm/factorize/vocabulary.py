@@ -21,7 +21,7 @@ from makd_llm.data.batch import Batch
 from makd_llm.errors import UserError
 from makd_llm.factorize.decompose import Factors, tall, tall_gram
 from makd_llm.factorize.statistics import real_rows
-from makd_llm.factorize.walk import Walk
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models.families import family_of
 from makd_llm.report.progress import progress
 

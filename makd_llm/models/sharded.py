@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from makd_kernels import lowrank_linear
 from makd_llm import distributed
-from makd_llm.checkpoint.folder import TensorReader, read_config
+from makd_llm.checkpoint.folder import TensorReader, read_config, read_generation_config
 from makd_llm.errors import UserError
 from makd_llm.models.capture import attention_of
 from makd_llm.models.causal import CausalModel
@@ -57,8 +57,9 @@ def load_sharded(
         # GPT-2's configs carry 0.1: noise in what is compared, and another gradient on every rank.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    generation = read_generation_config(folder)
+    if generation is not None:
+        model.generation_config = generation
     if stage != 3:
         model.to(distributed.device())
     _fill(model, folder, gathered=stage == 3)

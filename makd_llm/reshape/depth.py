@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from makd_llm import distributed
 from makd_llm.checkpoint.export import expected_shapes
 from makd_llm.checkpoint.folder import TensorReader
-from makd_llm.factorize.parts import Parts
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.parts import Parts
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.models.families import Family, n_experts
 from makd_llm.report.progress import progress
 

@@ -16,16 +16,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from makd_llm import distributed
 from makd_llm.checkpoint.export import write_model
-from makd_llm.checkpoint.folder import TensorReader, check_target, read_config
+from makd_llm.checkpoint.folder import (
+    TensorReader,
+    check_target,
+    read_config,
+    read_generation_config,
+)
 from makd_llm.data.batch import Batch, digest_of
 from makd_llm.errors import UserError
-from makd_llm.factorize.parts import Parts
-from makd_llm.factorize.walk import Walk
 from makd_llm.files import sample_of_folder
+from makd_llm.layerwise.parts import Parts
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models.families import family_of
 from makd_llm.models.origin import Origin, origin_of, set_origin
 from makd_llm.reshape.depth import depth_config, depth_tensors, even_layers, ild_layers
@@ -209,10 +214,7 @@ def _write(
     source: Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    generation = None
-    if (source / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source, local_files_only=True)
-    write_model(folder, config, tensors(), generation, tokenizer)
+    write_model(folder, config, tensors(), read_generation_config(source), tokenizer)
 
 
 class _Reshaping:

@@ -25,7 +25,7 @@ from makd_llm.checkpoint.export import expected_shapes
 from makd_llm.checkpoint.folder import TensorReader
 from makd_llm.data.batch import Batch
 from makd_llm.factorize.statistics import Read, inputs_of, real_rows
-from makd_llm.factorize.walk import Stream, Walk
+from makd_llm.layerwise.walk import Stream, Walk
 from makd_llm.report.progress import progress
 from makd_llm.reshape.heads import head_dim_of
 

@@ -18,7 +18,7 @@ from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.residuals import residuals
 from makd_llm.factorize.statistics import inputs_of
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
-from makd_llm.factorize.walk import Walk
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models.families import FAMILIES
 from makd_llm.models.modeling_lowrank import model_class_for
 from makd_llm.testing import run_on_ranks, tiny_config

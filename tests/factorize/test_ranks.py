@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from makd_llm.errors import UserError
-from makd_llm.factorize.ranks import Rank, Shape, greedy_ranks, uniform_ranks
+from makd_llm.factorize.ranks import MatrixShape, Rank, greedy_ranks, uniform_ranks
 
 SMOL = [
-    Shape(f"{layer}.{role}", role, rows, columns)
+    MatrixShape(f"{layer}.{role}", role, rows, columns)
     for layer in range(3)
     for role, rows, columns in (
         ("q", 576, 576),
@@ -22,11 +22,11 @@ SMOL = [
 ]
 
 
-def stored(shapes: list[Shape], ranks: list[Rank]) -> int:
+def stored(shapes: list[MatrixShape], ranks: list[Rank]) -> int:
     return sum(shape.stored(rank) for shape, rank in zip(shapes, ranks, strict=True))
 
 
-def falling(shape: Shape, seed: int) -> list[float]:
+def falling(shape: MatrixShape, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     size = min(shape.rows, shape.columns)
     values = torch.rand(size, generator=generator, dtype=torch.float64).pow(4)
@@ -75,7 +75,7 @@ def test_everything_kept_is_dense() -> None:
 
 
 def test_a_matrix_that_would_not_get_smaller_stays_dense_and_counts() -> None:
-    shapes = [Shape("a", "q", 8, 8), Shape("b", "up", 64, 64)]
+    shapes = [MatrixShape("a", "q", 8, 8), MatrixShape("b", "up", 64, 64)]
     # 8 x 8 has no multiple of 16 below its break-even rank of 4.
     ranks = uniform_ranks(shapes, 0.6, multiple=16)
     assert ranks[0] is None and ranks[1] == 16
@@ -85,7 +85,11 @@ def test_a_matrix_that_would_not_get_smaller_stays_dense_and_counts() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
 def test_greedy_is_the_best_there_is(seed: int, keep: float) -> None:
-    shapes = [Shape("a", "q", 6, 6), Shape("b", "k", 4, 8), Shape("c", "up", 10, 6)]
+    shapes = [
+        MatrixShape("a", "q", 6, 6),
+        MatrixShape("b", "k", 4, 8),
+        MatrixShape("c", "up", 10, 6),
+    ]
     losses = [falling(s, seed * 10 + i) for i, s in enumerate(shapes)]
 
     def loss(ranks: tuple[Rank, ...]) -> float:
@@ -105,7 +109,7 @@ def test_greedy_is_the_best_there_is(seed: int, keep: float) -> None:
 
 
 def test_greedy_gives_more_to_what_loses_more() -> None:
-    shapes = [Shape("slow", "q", 64, 64), Shape("steep", "q", 64, 64)]
+    shapes = [MatrixShape("slow", "q", 64, 64), MatrixShape("steep", "q", 64, 64)]
     slow = [64 * 0.9**r for r in range(64)] + [0.0]
     steep = [64 * 0.5**r for r in range(64)] + [0.0]
     many, few = greedy_ranks(shapes, [slow, steep], 0.4)

@@ -23,7 +23,7 @@ from makd_llm.factorize.statistics import (
     read_by,
     real_rows,
 )
-from makd_llm.factorize.walk import Walk
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models import families
 from makd_llm.models.capture import attention_of
 from makd_llm.models.families import FAMILIES

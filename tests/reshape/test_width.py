@@ -13,7 +13,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.schema import Example
-from makd_llm.factorize.walk import Walk
+from makd_llm.layerwise.walk import Walk
 from makd_llm.models.capture import attention_of
 from makd_llm.models.modeling_lowrank import model_class_for
 from makd_llm.models.origin import Origin, origin_of
