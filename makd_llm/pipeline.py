@@ -149,6 +149,9 @@ class Run:
                 "shape", key, start, partial(self.cutting.shape, self.shape, teacher, start)
             )
             after = digest(key)
+        elif distributed.on_main((self.dir / "shaped").exists):
+            distributed.on_main(shutil.rmtree, self.dir / "shaped")
+            self.tell(f"shape: {self.dir / 'shaped'} removed, no other shape is asked for")
         if "factorize" not in wanted:
             return
         factorized = self.dir / "factorized"
@@ -406,25 +409,31 @@ class Run:
         rows[f"lead-{asked.lead_k}"] = evaluation.lead()
         distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
 
+        found = {**evaluation.settings(), "models": rows}
+        if asked.stages:
+            value = {name: rows[name]["perplexity"]["value"] for name in folders}
+            found["stages"] = self._steps(teacher, start, evaluation, value)
+            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
+        distributed.on_main(_write_json, self.dir / "evaluation.json", found)
+
+    def _steps(
+        self, teacher: Path, start: Path, evaluation: Evaluation, measured: dict[str, float]
+    ) -> dict[str, float]:
+        """Perplexities from the teacher to the student, with those of the steps between."""
+
         def perplexity_of(folder: Path) -> float:
-            engine = self._frozen(folder, asked.batch_size)
+            engine = self._frozen(folder, self.config.evaluation.batch_size)
             found = evaluate_perplexity(evaluation, engine).value
             engine.close()
             return found
 
-        found = {**evaluation.settings(), "models": rows}
-        if asked.stages:
-            value = {name: rows[name]["perplexity"]["value"] for name in folders}
-            found["stages"] = {
-                "teacher": value["teacher"],
-                **({"shaped": perplexity_of(start)} if start != teacher else {}),
-                **self.cutting.before(start, self.dir / "before", perplexity_of),
-                name_of(build_recipe(self.config.student)): value["factorized"],
-                "distilled": value["student"],
-            }
-        distributed.on_main(_write_json, self.dir / "evaluation.json", found)
-        if asked.stages:
-            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
+        return {
+            "teacher": measured["teacher"],
+            **({"shaped": perplexity_of(start)} if start != teacher else {}),
+            **self.cutting.before(start, self.dir / "before", perplexity_of),
+            name_of(build_recipe(self.config.student)): measured["factorized"],
+            "distilled": measured["student"],
+        }
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""

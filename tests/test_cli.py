@@ -205,6 +205,10 @@ def test_shape_and_factorize_run_and_stand(
     printed = capsys.readouterr().out
     assert "shape: runs again, because student.depth.choose changed from 'ild' to" in printed
     assert "factorize: runs again, because the stage before it changed" in printed
+    main([*call[:-2], "--until", "factorize"])
+    assert f"shape: {run_dir / 'shaped'} removed" in capsys.readouterr().out
+    assert not (run_dir / "shaped").exists()
+    assert read_config(run_dir / "factorized").num_hidden_layers == 4
 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
