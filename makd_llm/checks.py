@@ -7,6 +7,7 @@ from makd_kernels.dispatch import why_not_triton
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import RunConfig
+from makd_llm.config.objectives import AttentionConfig, MatrixConfig
 from makd_llm.errors import UserError
 from makd_llm.models.capture import CAPTURING_SDPA, attention_of
 from makd_llm.models.families import check_distillable, family_of
@@ -18,9 +19,10 @@ from makd_llm.models.source import load_tokenizer
 def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) -> None:
     """Settings against each other and against DeepSpeed's JSON. Raises UserError."""
     distil, data, asked = config.distil, config.data, config.evaluation
-    if distil.objectives.matrix.input == "teacher" and distil.train.gradient_checkpointing:
+    replayed = [name for name, o in distil.of(MatrixConfig).items() if o.input == "teacher"]
+    if replayed and distil.train.gradient_checkpointing:
         raise UserError(
-            "distil.objectives.matrix.input=teacher runs matrices a second time, which "
+            f"distil.objectives.{replayed[0]}.input=teacher runs matrices a second time, which "
             "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
         )
     no_triton = why_not_triton(distributed.device().type)
@@ -62,11 +64,12 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
     model = read_config(folder)
     family_of(model)
     check_distillable(model)
-    if config.distil.objectives.attention.weight and attention_of(model) != CAPTURING_SDPA:
-        raise UserError(
-            f"distil.objectives.attention: the attention of model_type {model.model_type!r} cannot "
-            "be listened to; set distil.objectives.attention.weight=0"
-        )
+    for name in config.distil.of(AttentionConfig):
+        if attention_of(model) != CAPTURING_SDPA:
+            raise UserError(
+                f"distil.objectives.{name}: the attention of model_type {model.model_type!r} "
+                f"cannot be listened to; set distil.objectives.{name}.weight=0"
+            )
     check_layer_map(config.distil.layer_map, model.num_hidden_layers)
     depth, named = config.student.depth, config.distil.layer_map
     layers = depth.layers if depth else model.num_hidden_layers

@@ -45,7 +45,8 @@ from makd_llm.models.pairing import pair
 from makd_llm.models.projections import Point, Projection, Projections
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
-from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.combine import Objectives
+from makd_llm.objectives.head import CrossEntropy
 from makd_llm.report.plots import stages_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
@@ -253,9 +254,8 @@ class Run:
 
     def _sft(self, given: Path, result: Path) -> None:
         """Tunes the teacher on the task: cross-entropy on the references."""
-        objectives = Objectives(
-            ModelLevel(cross_entropy=1.0, logits=0.0, impl=self.config.distil.kernels), {}
-        )
+        head = {"cross_entropy": CrossEntropy(1.0)}
+        objectives = Objectives({}, head, impl=self.config.distil.kernels)
         train = self.config.sft.train
         self._train("sft", given, result, train, objectives, teacher=None)
 

@@ -24,6 +24,8 @@ class Needs:
     """(layer, role) pairs, role in q k v o gate up down."""
     matrix_input: bool = False
     """Also what goes into those matrices; of the student: its output for the teacher's input."""
+    plain: frozenset[tuple[int, str]] = frozenset()
+    """(layer, role) pairs whose outputs are wanted as they are: never projected or replayed."""
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -31,6 +33,7 @@ class Needs:
             self.attention | other.attention,
             self.matrix | other.matrix,
             self.matrix_input or other.matrix_input,
+            self.plain | other.plain,
         )
 
 
@@ -56,5 +59,7 @@ class Shown:
     """Matrix outputs (B, T, M)."""
     matrix_input: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix inputs (B, T, K)."""
+    plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Matrix outputs (B, T, M), as they are."""
     idle: Tensor | None = None
     """A zero that keeps in the graph what took part in the forward, but was asked for by nobody."""

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from makd_llm.config import PRESETS, dump_config, load_config
+from makd_llm.config import dump_config, load_config
+from makd_llm.config.objectives import OBJECTIVES
+from makd_llm.config.presets import preset_names
 from makd_llm.errors import UserError
 
 
@@ -28,7 +30,16 @@ from makd_llm.errors import UserError
         ("student.width={}", "student.width: both hidden and feed_forward are null"),
         ("student.heads.key_value=two", "student.heads.key_value: input should be a valid integer"),
         ("distil.train.steps=many", "distil.train.steps: input should be a valid integer"),
-        ("distil.preset=mkd", "distil.preset: input should be 'makd', 'kd' or 'finetune'"),
+        ("distil.preset=mkd", "distil.preset: there is no preset 'mkd'; did you mean makd?"),
+        ("distil.objectives.matrx.weight=1", "no objective 'matrx'; did you mean matrix?"),
+        (
+            "distil.objectives.matrix.wieght=1",
+            "unknown key distil.objectives.matrix.wieght; did you mean weight?",
+        ),
+        ("distil.objectives.matrix=1", "matrix is 1, expected settings, as {weight: 1.0}"),
+        ("distil.objectives=3", "distil.objectives: input should be a valid dictionary"),
+        ("distil.objectives=[{weight: 1}]", "every objective of a list is to say which"),
+        ("distil.objectives.matrix.every=0", "distil.objectives.matrix.every: input should be"),
         ("distil.objectives.matrix.layers=top", "distil.objectives.matrix.layers"),
         ("distil.preset=[kd]", "distil.preset"),
         ("distil.layer_map=even", "distil.layer_map: input should be 'origin' or 'uniform'"),
@@ -75,20 +86,46 @@ def test_overrides_win_over_the_file_and_single_objectives_over_the_preset(tmp_p
     path.write_text("seed: 3\ndistil: {preset: kd, objectives: {hidden: {weight: 0.5}}}\n")
     config = load_config(path, ["seed=4"])
     assert config.seed == 4
-    assert config.distil.objectives.hidden.weight == 0.5
-    assert config.distil.objectives.matrix.weight == config.distil.objectives.attention.weight == 0
+    weights = {name: objective.weight for name, objective in config.distil.objectives.items()}
+    assert weights == {"cross_entropy": 0.3, "logits": 1.0, "hidden": 0.5}
+
+
+def weights_of(*overrides: str, path: Path | None = None) -> dict[str, float]:
+    """The objectives that are switched on, by name."""
+    objectives = load_config(path, list(overrides)).distil.objectives
+    return {name: o.weight for name, o in objectives.items() if o.weight > 0}
 
 
 def test_presets_are_what_they_are_called() -> None:
-    weights = {}
-    for preset in PRESETS:
-        objectives = load_config(None, [f"distil.preset={preset}"]).distil.objectives
-        weights[preset] = {
-            name: getattr(objectives, name).weight for name in type(objectives).model_fields
-        }
-    assert all(weight > 0 for weight in weights["makd"].values())
-    assert {name for name, weight in weights["kd"].items() if weight} == {"cross_entropy", "logits"}
-    assert {name for name, weight in weights["finetune"].items() if weight} == {"cross_entropy"}
+    assert set(weights_of()) == {"cross_entropy", "logits", "matrix", "attention", "hidden"}
+    assert weights_of() == weights_of("distil.preset=makd")
+    assert weights_of("distil.preset=kd") == {"cross_entropy": 0.3, "logits": 1.0}
+    assert weights_of("distil.preset=finetune") == {"cross_entropy": 1.0}
+    assert set(weights_of("distil.preset=minilm")) == {"relations"}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_a_config_of_its_own(name: str) -> None:
+    path = Path(__file__).parents[1] / "configs" / "presets" / f"{name}.yaml"
+    assert path.is_file(), "configs/presets shows them"
+    assert load_config(path, []) == load_config(None, [f"distil.preset={name}"])
+
+
+def test_objectives_are_combined_freely_by_name_or_as_a_list() -> None:
+    late = "distil.objectives.late={objective: hidden, layers: [last], metric: cosine}"
+    found = load_config(None, ["distil.preset=kd", late]).distil.objectives
+    assert list(found) == ["cross_entropy", "logits", "late"]
+    assert found["late"].objective == "hidden"
+    listed = "[{objective: hidden, layers: [-1]}, {objective: hidden, weight: 2}]"
+    assert weights_of(f"distil.objectives={listed}") == {"hidden": 1.0, "hidden_2": 2.0}
+    path_first = load_config(None, [f"distil.objectives={listed}"]).distil.objectives["hidden"]
+    assert path_first.layers == (-1,), "of the list, and not of the preset"  # type: ignore[attr-defined]
+
+
+def test_every_kind_of_objective_has_defaults_and_says_its_name() -> None:
+    for kind, section in OBJECTIVES.items():
+        given = load_config(None, [f"distil.objectives.{kind}.weight=2"]).distil.objectives[kind]
+        assert type(given) is section and given.objective == kind and section.__doc__
 
 
 def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
@@ -111,13 +148,19 @@ def test_a_preset_on_the_command_line_sets_the_weights_that_a_file_gives(tmp_pat
     """A run's own config.yaml names every weight; a control made from it is to be that control."""
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(load_config(None, ["distil.objectives.hidden.weight=0.5"])))
-    same = load_config(path, [])
-    assert same.distil.objectives.hidden.weight == 0.5
-    kd = load_config(path, ["distil.preset=kd", "distil.objectives.attention.weight=2"])
-    objectives = kd.distil.objectives
-    assert (objectives.hidden.weight, objectives.matrix.weight, objectives.logits.weight) == (
-        0.0,
-        0.0,
-        1.0,
-    )
-    assert objectives.attention.weight == 2.0
+    assert weights_of(path=path)["hidden"] == 0.5
+    control = ["distil.preset=kd", "distil.objectives.attention.weight=2"]
+    assert weights_of(*control, path=path) == {
+        "cross_entropy": 0.3,
+        "logits": 1.0,
+        "attention": 2.0,
+    }
+
+
+def test_what_a_files_preset_brought_along_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(load_config(None, ["distil.preset=tinybert", "seed=3"])))
+    assert load_config(path, []).distil.schedule.kind == "staged"
+    kd = load_config(path, ["distil.preset=kd"])
+    assert (kd.distil.schedule.kind, kd.distil.layer_map, kd.seed) == ("joint", "origin", 3)
+    assert weights_of("distil.preset=kd", path=path) == {"cross_entropy": 0.3, "logits": 1.0}

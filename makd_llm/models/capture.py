@@ -82,12 +82,17 @@ def capture(
             _listen_to_attention(layers[index], shown, index, stack)
         for index, matrices in _by_module(family, model.config, needs):  # type: ignore[arg-type]
             module = layers[index].get_submodule(matrices[0].module)
-            hook = (
-                _replay_hook(shown, part, index, matrices, replay)
-                if replay
-                else _matrix_hook(shown, part, index, matrices, needs.matrix_input)
-            )
-            stack.callback(module.register_forward_hook(hook).remove)
+            asked = [m for m in matrices if (index, m.key) in needs.matrix]
+            if any((index, m.key) in needs.plain for m in matrices):
+                plain = _plain_hook(shown, part, index, matrices, needs)
+                stack.callback(module.register_forward_hook(plain).remove)
+            if asked:
+                hook = (
+                    _replay_hook(shown, part, index, asked, replay)
+                    if replay
+                    else _matrix_hook(shown, part, index, asked, needs.matrix_input)
+                )
+                stack.callback(module.register_forward_hook(hook).remove)
         yield shown
 
 
@@ -114,7 +119,7 @@ def _by_module(
 ) -> list[tuple[int, list[Matrix]]]:
     """The asked matrices, those that share a fused module together."""
     groups: dict[tuple[int, str], list[Matrix]] = {}
-    for index, key in sorted(needs.matrix):
+    for index, key in sorted(needs.matrix | needs.plain):
         for matrix in family.matrices(config, index):
             if matrix.key == key:
                 groups.setdefault((index, matrix.module), []).append(matrix)
@@ -147,6 +152,19 @@ def _matrix_hook(
             shown.matrix[index, matrix.key] = part.of_output(matrix, output)
             if with_input:
                 shown.matrix_input[index, matrix.key] = part.of_input(args[0])
+
+    return hook
+
+
+def _plain_hook(
+    shown: Shown, part: _Part, index: int, matrices: list[Matrix], needs: Needs
+) -> Callable[..., None]:
+    """Registered before a replay's hook, whose own call of the module comes here a second time."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        for matrix in matrices:
+            if (index, matrix.key) in needs.plain and (index, matrix.key) not in shown.plain:
+                shown.plain[index, matrix.key] = part.of_output(matrix, output)
 
     return hook
 

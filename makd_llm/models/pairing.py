@@ -42,6 +42,12 @@ class Shape:
     key_value_heads: int
     head_width: int
 
+    def width_of(self, role: str) -> int:
+        """How many outputs the matrix of a role has."""
+        kind = _GIVES[role]
+        size: int = getattr(self, kind)
+        return size * (self.head_width if "heads" in kind else 1)
+
 
 def shape_of(config: PreTrainedConfig) -> Shape:
     """The sizes that a model's config gives, under the names that its family has for them."""
@@ -194,7 +200,7 @@ class Pairing:
             return None
         pairs = [(theirs, ours) for ours, place in enumerate(places) for theirs in place]
         rows, columns = zip(*pairs, strict=True)
-        return Projection(len(places), self._size(self.teacher, _GIVES[role]), rows, columns)
+        return Projection(len(places), self.teacher.width_of(role), rows, columns)
 
     def input_selection(self, layer: int, role: str) -> tuple[int, ...] | None:
         """Which of the inputs of the teacher's matrix are fed to the student's; None: all.
@@ -216,7 +222,7 @@ class Pairing:
 
     def _is_projected(self, places: Places, role: str) -> bool:
         """Queries have one head of the teacher each, so theirs are picked whatever their number."""
-        permuted = len(places) == self._size(self.teacher, _GIVES[role])
+        permuted = len(places) == self.teacher.width_of(role)
         return role != "q" and not (permuted and all(len(place) == 1 for place in places))
 
     def _places(self, kinds: dict[str, str], layer: int, role: str) -> Places | None:
@@ -252,11 +258,6 @@ class Pairing:
                 "makd_llm, or set distil.preset=kd"
             )
         return None if kept == tuple((place,) for place in range(theirs)) else kept
-
-    @staticmethod
-    def _size(shape: Shape, kind: str) -> int:
-        size: int = getattr(shape, kind)
-        return size * (shape.head_width if "heads" in kind else 1)
 
 
 _SAID = {

@@ -7,33 +7,19 @@ and layer levels count all real tokens.
 """
 # B batch, T tokens, N summary tokens, V vocabulary, D and E widths
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from makd_kernels.linear_divergence import linear_cross_entropy_divergence_loss
 from makd_llm.data.batch import Batch
+from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Outputs
 from makd_llm.objectives.terms import Term
 from makd_llm.shown import Needs, Shown
 
 LEVELS = ("matrix", "layer", "model")
-UNITS = {"cross_entropy": "targets", "logits": "targets"}  # all others: tokens
-
-
-@dataclass(frozen=True)
-class ModelLevel:
-    """The output's objectives: w_ce CE + w_model tau² D(teacher, student)."""
-
-    cross_entropy: float
-    logits: float
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    alpha: float = 0.1
-    temperature: float = 1.0
-    impl: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -48,47 +34,64 @@ class Losses:
         return Losses(self.total.detach(), self.sums)
 
 
+AtOutput = tuple[Tensor, dict[str, Tensor]]
+"""The model level's share of the loss, and its sums. A plain tuple: DeepSpeed looks into it."""
+
+
 class Objectives:
-    """The terms of a run, and each level's current multiplier (balance and schedule set it; 0
-    switches off).
+    """The terms of a run by name, those at the output and those below it; each level's current
+    multiplier (balance and schedule set it; 0 switches off), and the step that is next, from 1.
     """
 
-    def __init__(self, model_level: ModelLevel, terms: Mapping[str, Term]) -> None:
-        self.model_level = model_level
+    def __init__(
+        self, terms: Mapping[str, Term], head: Mapping[str, HeadTerm], *, impl: str = "auto"
+    ) -> None:
+        """impl: of the losses that run fused with the head's product."""
         self.terms = {name: term for name, term in terms.items() if term.weight > 0}
+        self.head = {name: term for name, term in head.items() if term.weight > 0}
+        self.impl = impl
         self.multiplier = dict.fromkeys(LEVELS, 1.0)
+        self.step = 1
 
     @property
     def names(self) -> list[str]:
-        """Objectives that are switched on, in the order of `LEVELS`."""
-        at_head = [n for n in ("cross_entropy", "logits") if getattr(self.model_level, n) > 0]
-        return [*self.terms, *at_head]
+        """Objectives that are switched on, those at the output last."""
+        return [*self.terms, *self.head]
 
     @property
     def levels(self) -> list[str]:
         """Levels that have at least one objective."""
-        with_terms = {term.level for term in self.terms.values()}
-        if self.model_level.cross_entropy or self.model_level.logits:
-            with_terms.add("model")
-        return [level for level in LEVELS if level in with_terms]
+        found = {self.level_of(name) for name in self.names}
+        return [level for level in LEVELS if level in found]
 
     def level_of(self, name: str) -> str:
         """The level of an objective."""
         return self.terms[name].level if name in self.terms else "model"
 
+    def unit_of(self, name: str) -> str:
+        """What an objective's sum is divided by: the model level counts summary tokens."""
+        return "tokens" if name in self.terms else "targets"
+
     def weight_of(self, name: str) -> float:
-        """The objective's own weight, before its level's multiplier."""
-        return self.terms[name].weight if name in self.terms else getattr(self.model_level, name)
+        """What an objective counts in this step, before its level's multiplier; 0 for what is only
+        measured beside others.
+        """
+        term = self.terms.get(name) or self.head.get(name)
+        return term.weight * term.timing.share(self.step) if term else 0.0
+
+    def scale_of(self, name: str) -> float:
+        """What an objective counts in this step."""
+        return self.weight_of(name) * self.multiplier[self.level_of(name)]
 
     @property
     def needs_teacher(self) -> bool:
         """False where the teacher would run for nothing (plain fine-tuning)."""
-        return bool(self.terms) or self.model_level.logits > 0
+        return bool(self.terms) or any(not isinstance(t, CrossEntropy) for t in self.head.values())
 
     @property
     def active(self) -> dict[str, Term]:
-        """Terms whose level is not switched off at this point of the schedule."""
-        return {name: term for name, term in self.terms.items() if self.multiplier[term.level] > 0}
+        """Terms below the output that count in this step."""
+        return {name: term for name, term in self.terms.items() if self.scale_of(name) > 0}
 
     @property
     def replays_teacher_input(self) -> bool:
@@ -122,72 +125,121 @@ class Objectives:
         denominators: Mapping[str, float],
         teacher_hidden_BTE: Tensor | None = None,
         teacher_weight_VE: Tensor | None = None,
-    ) -> Callable[[Tensor, Tensor], Any]:
+    ) -> Callable[[Tensor, Tensor], AtOutput]:
         """The function that the student's head calls with (hidden_BTD, weight_VD): the model level,
         or, where that is off, a zero that keeps the whole model in the graph (ZeRO-3 has to see
         every module's backward).
         """
-        level, scale = self.model_level, self.multiplier["model"] / denominators["targets"]
-        if scale == 0 or not (level.cross_entropy or level.logits):
-            return lambda hidden_BTD, weight_VD: (hidden_BTD[0, 0, 0] + weight_VD[0, 0]) * 0.0
+        active = {name: term for name, term in self.head.items() if self.scale_of(name) > 0}
+        if not active:
+            return lambda hidden_BTD, weight_VD: ((hidden_BTD[0, 0, 0] + weight_VD[0, 0]) * 0.0, {})
+        scale = {name: self.scale_of(name) / denominators["targets"] for name in active}
 
-        def model_level(
-            hidden_BTD: Tensor, weight_VD: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor | None]:
-            student_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
-            teacher_NE = None
-            if level.logits > 0 and teacher_hidden_BTE is not None:
-                teacher_NE = teacher_hidden_BTE.flatten(0, 1)[batch.targets_N]
-            result: tuple[Tensor, Tensor, Tensor | None] = linear_cross_entropy_divergence_loss(
-                student_ND,
-                weight_VD,
-                batch.labels_BT.flatten()[batch.targets_N],
-                teacher_NE,
-                None if teacher_NE is None else teacher_weight_VE,
-                cross_entropy_weight=scale * level.cross_entropy,
-                divergence_weight=scale * level.logits,
-                divergence=level.divergence,
-                beta=level.beta,
-                alpha=level.alpha,
-                temperature=level.temperature,
-                impl=level.impl,
-            )
-            return result
+        def at_head(hidden_BTD: Tensor, weight_VD: Tensor) -> AtOutput:
+            outputs = _outputs(batch, hidden_BTD, weight_VD, teacher_hidden_BTE, teacher_weight_VE)
+            losses: list[Tensor] = []
+            sums: dict[str, Tensor] = {}
+            for pair in _fused(active):
+                loss, found = self._fused_losses(pair, scale, batch, outputs)
+                losses.append(loss)
+                sums |= found
+            for name, term in active.items():
+                if isinstance(term, Compared):
+                    sums[name] = term.compare(outputs).sum()
+                    losses.append(sums[name] * scale[name])
+            return _total(losses), {name: value.detach() for name, value in sums.items()}
 
-        return model_level
+        return at_head
+
+    def _fused_losses(
+        self,
+        pair: Mapping[str, CrossEntropy | Divergence],
+        scale: Mapping[str, float],
+        batch: Batch,
+        outputs: Outputs,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, a divergence, or both, from one product: (loss, sums). Cross-entropy is
+        measured in any case, as it costs nothing more.
+        """
+        by_kind = {type(term): name for name, term in pair.items()}
+        entropy, compared = by_kind.get(CrossEntropy), by_kind.get(Divergence)
+        term = self.head[compared] if compared else Divergence(0.0)
+        assert isinstance(term, Divergence)
+        loss, entropy_N, divergence_N = linear_cross_entropy_divergence_loss(
+            outputs.student_ND,
+            outputs.student_weight_VD,
+            batch.labels_BT.flatten()[batch.targets_N],
+            outputs.teacher_NE if compared else None,
+            outputs.teacher_weight_VE if compared else None,
+            cross_entropy_weight=scale[entropy] if entropy else 0.0,
+            divergence_weight=scale[compared] if compared else 0.0,
+            divergence=term.divergence,
+            beta=term.beta,
+            alpha=term.alpha,
+            temperature=term.temperature,
+            impl=self.impl,
+        )
+        sums = {entropy or "cross_entropy": entropy_N.sum()}
+        if compared:
+            assert divergence_N is not None
+            sums[compared] = divergence_N.sum()
+        return loss, sums
 
     def __call__(
         self,
-        at_head: Any,
+        at_output: AtOutput,
         student: Shown,
         teacher: Shown,
         batch: Batch,
         denominators: Mapping[str, float],
     ) -> Losses:
-        """at_head: what the head returned. Returns the loss whose gradient is to be taken, and the
-        plain sums.
+        """at_output: what the head returned. Returns the loss whose gradient is to be taken, and
+        the plain sums.
         """
-        sums: dict[str, Tensor] = {}
+        at_head, sums = at_output[0], dict(at_output[1])
         parts: list[Tensor] = []
         mask_BT = batch.token_mask_BT
         for name, term in self.active.items():
             sums[name] = torch.where(
                 mask_BT, term.compare(student, teacher, batch.key_mask_BT), 0.0
             ).sum()
-            parts.append(
-                sums[name] * (term.weight * self.multiplier[term.level] / denominators["tokens"])
-            )
+            parts.append(sums[name] * (self.scale_of(name) / denominators["tokens"]))
         if student.idle is not None:
             parts.append(student.idle)
-        if isinstance(at_head, Tensor):
-            parts.append(at_head)
-        else:
-            loss, cross_entropy_N, divergence_N = at_head
-            parts.append(loss)
-            sums["cross_entropy"] = cross_entropy_N.sum()
-            if divergence_N is not None:
-                sums["logits"] = divergence_N.sum()
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        total = _total([*parts, at_head])
         return Losses(total, {name: value.detach() for name, value in sums.items()})
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _outputs(
+    batch: Batch,
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    teacher_hidden_BTE: Tensor | None,
+    teacher_weight_VE: Tensor | None,
+) -> Outputs:
+    """Of the summary's tokens. Without a teacher its side is empty: nothing that is on reads it."""
+    student_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
+    if teacher_hidden_BTE is None or teacher_weight_VE is None:
+        teacher_NE, teacher_weight_VE = student_ND[:, :0], weight_VD[:, :0]
+    else:
+        teacher_NE = teacher_hidden_BTE.flatten(0, 1)[batch.targets_N]
+    record_N = batch.targets_N // hidden_BTD.shape[1]
+    return Outputs(student_ND, weight_VD, teacher_NE, teacher_weight_VE, record_N)
+
+
+def _fused(active: Mapping[str, HeadTerm]) -> list[dict[str, CrossEntropy | Divergence]]:
+    """The terms that need one product each: the first divergence takes the cross-entropy along."""
+    entropies = {n: t for n, t in active.items() if isinstance(t, CrossEntropy)}
+    groups: list[dict[str, CrossEntropy | Divergence]] = [
+        {name: term} for name, term in active.items() if isinstance(term, Divergence)
+    ]
+    if entropies:
+        groups[:1] = [{**entropies, **(groups[0] if groups else {})}]
+    return groups

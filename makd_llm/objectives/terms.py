@@ -12,10 +12,14 @@ layer for each of them; where it has only some of the teacher's features, or has
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from makd_llm.objectives.attention import attention_divergence
+from makd_llm.objectives.cosine import cosine_distance
+from makd_llm.objectives.head import ALWAYS, Timing
+from makd_llm.objectives.relations import relation_divergence
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.squared_error import Normalize, squared_error
 from makd_llm.shown import Needs, Shown
@@ -37,6 +41,7 @@ class Term:
     needs_of_teacher: Needs
     compare: Callable[[Shown, Shown, Tensor | None], Tensor]
     replay: Callable[[Shown], dict[Key, Tensor]] | None = None
+    timing: Timing = ALWAYS
 
 
 def matrix_term(
@@ -88,12 +93,14 @@ def hidden_term(
     layers: Sequence[int],
     *,
     weight: float,
+    metric: Literal["squared", "cosine"] = "squared",
     normalize: Normalize = "relative",
     teacher_layers: Sequence[int] | None = None,
     channels: Selection | None = None,
 ) -> Term:
-    """L_hidn: squared error of the layers' outputs, mean over the given layers. channels: what is
-    picked of the teacher's, where that is not everything. Source: MaKD, reconstruction.
+    """L_hidn: squared error, or cosine distance, of the layers' outputs (before any final norm),
+    mean over the given layers. channels: what is picked of the teacher's, where that is not
+    everything. Source: MaKD, reconstruction; the cosine is DistilBERT's.
     """
     mapped = _mapped(layers, teacher_layers)
 
@@ -103,7 +110,11 @@ def hidden_term(
             teacher_BTD = teacher.hidden[theirs]
             if channels is not None:
                 teacher_BTD = channels(teacher_BTD)
-            errors.append(squared_error(student.hidden[ours], teacher_BTD, normalize=normalize))
+            student_BTD = student.hidden[ours]
+            if metric == "cosine":
+                errors.append(cosine_distance(student_BTD, teacher_BTD))
+            else:
+                errors.append(squared_error(student_BTD, teacher_BTD, normalize=normalize))
         return _mean(errors)
 
     return Term(
@@ -152,6 +163,40 @@ def attention_term(
         weight,
         Needs(attention=frozenset(ours for ours, _ in mapped)),
         Needs(attention=frozenset(theirs for _, theirs in mapped)),
+        compare,
+    )
+
+
+def relations_term(
+    layers: Sequence[int],
+    roles: Sequence[str],
+    *,
+    weight: float,
+    heads: int,
+    impl: str = "auto",
+    teacher_layers: Sequence[int] | None = None,
+) -> Term:
+    """Divergence of the relations among queries, keys or values, before rotary embedding, mean over
+    relation heads, roles (of q k v) and layers. Source: MiniLM v2.
+    """
+    mapped = _mapped(layers, teacher_layers)
+    pairs = [((ours, role), (theirs, role)) for ours, theirs in mapped for role in roles]
+
+    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
+        return _mean(
+            [
+                relation_divergence(
+                    student.plain[ours], teacher.plain[theirs], mask_BT, heads=heads, impl=impl
+                )
+                for ours, theirs in pairs
+            ]
+        )
+
+    return Term(
+        "layer",
+        weight,
+        Needs(plain=frozenset(ours for ours, _ in pairs)),
+        Needs(plain=frozenset(theirs for _, theirs in pairs)),
         compare,
     )
 

@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.config import (
-    DataConfig,
-    DistilConfig,
+from makd_llm.config import DataConfig, DistilConfig, StudentConfig, TrainConfig
+from makd_llm.config.objectives import (
+    AttentionConfig,
+    CrossEntropyConfig,
+    HiddenConfig,
     Layers,
+    LogitsConfig,
     MatrixConfig,
-    Role,
-    StudentConfig,
-    TrainConfig,
+    ObjectiveConfig,
+    RankingConfig,
+    RelationsConfig,
+    SinkhornConfig,
 )
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
@@ -25,9 +31,18 @@ from makd_llm.factorize.student import Recipe
 from makd_llm.models.families import Family
 from makd_llm.models.pairing import HIDDEN, Pairing
 from makd_llm.models.projections import Point, Projection
-from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.combine import Objectives
+from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Timing
+from makd_llm.objectives.ranking import ranking_loss
 from makd_llm.objectives.selection import Selection
-from makd_llm.objectives.terms import Term, attention_term, hidden_term, matrix_term
+from makd_llm.objectives.sinkhorn import sinkhorn_cost
+from makd_llm.objectives.terms import (
+    Term,
+    attention_term,
+    hidden_term,
+    matrix_term,
+    relations_term,
+)
 from makd_llm.reshape.reshape import Depth, Heads, Shape, Width
 from makd_llm.train.levels import LevelBalance
 
@@ -120,18 +135,9 @@ def build_objectives(
     pairing: what of the student is compared with what of the teacher; None: they have one shape.
     Raises UserError where nothing is to be learnt, or the two cannot be compared.
     """
-    logits = distil.objectives.logits
-    model_level = ModelLevel(
-        cross_entropy=distil.objectives.cross_entropy.weight,
-        logits=logits.weight,
-        divergence=logits.divergence,
-        beta=logits.beta,
-        alpha=logits.alpha,
-        temperature=logits.temperature,
-        impl=distil.kernels,
-    )
-    terms = _terms(distil, family, n_layers, pairing or Pairing.one_to_one(n_layers))
-    objectives = Objectives(model_level, terms)
+    builder = _Terms(distil, family, n_layers, pairing or Pairing.one_to_one(n_layers))
+    terms, head = builder.terms(), _head_terms(distil)
+    objectives = Objectives(terms, head, impl=distil.kernels)
     if not objectives.levels:
         raise UserError(
             "distil.objectives: every weight is 0; give at least one objective a weight"
@@ -140,6 +146,7 @@ def build_objectives(
         _check_schedule(distil, objectives)
     if distil.weights == "balanced":
         _check_balance(distil, objectives)
+    _check_every_step(distil, objectives)
     return objectives
 
 
@@ -152,62 +159,139 @@ def build_projections(objectives: Objectives, pairing: Pairing) -> dict[Point, P
     return {point: projection for point, projection in found.items() if projection is not None}
 
 
-def _terms(
-    distil: DistilConfig, family: Family, n_layers: int, pairing: Pairing
-) -> dict[str, Term]:
-    asked, split = distil.objectives, round(distil.split * n_layers)
-    terms: dict[str, Term] = {}
-    if asked.matrix.weight > 0:
-        layers = _layers(asked.matrix.layers, split, n_layers, "matrix")
-        known = family.roles
-        roles = [role for role in asked.matrix.roles if role in known]
-        if layers and roles:
-            terms["matrix"] = _matrix_term(asked.matrix, layers, roles, pairing)
-    if asked.attention.weight > 0 and (
-        layers := _layers(asked.attention.layers, split, n_layers, "attention")
-    ):
-        pairing.check_windows(layers)
-        heads = {layer: pairing.heads(layer) for layer in layers}
-        terms["attention"] = attention_term(
+def _timing(asked: ObjectiveConfig) -> Timing:
+    return Timing(asked.every, asked.warmup_steps)
+
+
+def _head_terms(distil: DistilConfig) -> dict[str, HeadTerm]:
+    """The objectives at the output."""
+    found: dict[str, HeadTerm] = {}
+    for name, asked in distil.of(ObjectiveConfig).items():
+        timing, weight = _timing(asked), asked.weight
+        if isinstance(asked, CrossEntropyConfig):
+            found[name] = CrossEntropy(weight, timing)
+        elif isinstance(asked, LogitsConfig):
+            kind = asked.divergence, asked.beta, asked.alpha, asked.temperature
+            found[name] = Divergence(weight, *kind, timing)
+        elif isinstance(asked, SinkhornConfig):
+            settings = asked.model_dump(exclude=set(ObjectiveConfig.model_fields))
+            found[name] = Compared(weight, partial(sinkhorn_cost, **settings), timing)
+        elif isinstance(asked, RankingConfig):
+            settings = asked.model_dump(exclude=set(ObjectiveConfig.model_fields))
+            found[name] = Compared(weight, partial(ranking_loss, **settings), timing)
+    return found
+
+
+class _Terms:
+    """The objectives below the output, for a student's depth and its pairing with the teacher."""
+
+    def __init__(
+        self, distil: DistilConfig, family: Family, n_layers: int, pairing: Pairing
+    ) -> None:
+        self.distil, self.family, self.n_layers = distil, family, n_layers
+        self.pairing = pairing
+
+    def terms(self) -> dict[str, Term]:
+        """Those that are switched on and have layers, by name."""
+        made: dict[str, Term | None] = {}
+        for name, asked in self.distil.of(ObjectiveConfig).items():
+            if isinstance(asked, MatrixConfig):
+                made[name] = self._matrix(asked, self._layers(asked.layers, name))
+            elif isinstance(asked, AttentionConfig):
+                made[name] = self._attention(asked, self._layers(asked.layers, name))
+            elif isinstance(asked, HiddenConfig):
+                made[name] = self._hidden(asked, self._layers(asked.layers, name))
+            elif isinstance(asked, RelationsConfig):
+                made[name] = self._relations(asked, self._layers(asked.layers, name), name)
+        timings = {name: _timing(self.distil.objectives[name]) for name in made}
+        return {name: replace(t, timing=timings[name]) for name, t in made.items() if t}
+
+    def _matrix(self, asked: MatrixConfig, layers: list[int]) -> Term | None:
+        roles = [role for role in asked.roles if role in self.family.roles]
+        if not layers or not roles:
+            return None
+        pairing = self.pairing
+        keys = [(layer, role) for layer in layers for role in roles]
+        from_teacher = asked.input == "teacher"
+        outputs = {key: pairing.selection(*key) for key in keys}
+        inputs = {key: pairing.input_selection(*key) for key in keys} if from_teacher else {}
+        return matrix_term(
             layers,
-            weight=asked.attention.weight,
-            divergence=asked.attention.divergence,
-            beta=asked.attention.beta,
-            impl=distil.kernels,
+            roles,
+            weight=asked.weight,
+            normalize=asked.normalize,
+            teacher_input=from_teacher,
             teacher_layers=pairing.teacher_layers(layers),
+            outputs={key: Selection(kept) for key, kept in outputs.items() if kept is not None},
+            inputs={key: Selection(kept) for key, kept in inputs.items() if kept is not None},
+        )
+
+    def _attention(self, asked: AttentionConfig, layers: list[int]) -> Term | None:
+        if not layers:
+            return None
+        self.pairing.check_windows(layers)
+        heads = {layer: self.pairing.heads(layer) for layer in layers}
+        return attention_term(
+            layers,
+            weight=asked.weight,
+            divergence=asked.divergence,
+            beta=asked.beta,
+            impl=self.distil.kernels,
+            teacher_layers=self.pairing.teacher_layers(layers),
             heads={layer: kept for layer, kept in heads.items() if kept is not None},
         )
-    if asked.hidden.weight > 0 and (
-        layers := _layers(asked.hidden.layers, split, n_layers, "hidden")
-    ):
-        channels = pairing.selection(layers[0], HIDDEN)
-        terms["hidden"] = hidden_term(
+
+    def _hidden(self, asked: HiddenConfig, layers: list[int]) -> Term | None:
+        if not layers:
+            return None
+        channels = self.pairing.selection(layers[0], HIDDEN)
+        return hidden_term(
             layers,
-            weight=asked.hidden.weight,
-            normalize=asked.hidden.normalize,
-            teacher_layers=pairing.teacher_layers(layers, hidden=True),
+            weight=asked.weight,
+            metric=asked.metric,
+            normalize=asked.normalize,
+            teacher_layers=self.pairing.teacher_layers(layers, hidden=True),
             channels=None if channels is None else Selection(channels),
         )
-    return terms
 
+    def _relations(self, asked: RelationsConfig, layers: list[int], name: str) -> Term | None:
+        if not layers:
+            return None
+        student, teacher = self.pairing.student, self.pairing.teacher
+        heads = asked.heads or student.key_value_heads or 1
+        for shape, who in ((student, "student"), (teacher, "teacher")):
+            widths = {role: shape.width_of(role) for role in asked.roles}
+            wrong = next((role for role, width in widths.items() if width % heads), None)
+            if wrong:
+                raise UserError(
+                    f"distil.objectives.{name}.heads: {heads} heads do not divide the {who}'s "
+                    f"{wrong}, which is {widths[wrong]} wide; give another number"
+                )
+        return relations_term(
+            layers,
+            asked.roles,
+            weight=asked.weight,
+            heads=heads,
+            impl=self.distil.kernels,
+            teacher_layers=self.pairing.teacher_layers(layers),
+        )
 
-def _matrix_term(
-    asked: MatrixConfig, layers: list[int], roles: list[Role], pairing: Pairing
-) -> Term:
-    keys = [(layer, role) for layer in layers for role in roles]
-    from_teacher = asked.input == "teacher"
-    outputs = {key: pairing.selection(*key) for key in keys}
-    inputs = {key: pairing.input_selection(*key) for key in keys} if from_teacher else {}
-    return matrix_term(
-        layers,
-        roles,
-        weight=asked.weight,
-        normalize=asked.normalize,
-        teacher_input=from_teacher,
-        teacher_layers=pairing.teacher_layers(layers),
-        outputs={key: Selection(kept) for key, kept in outputs.items() if kept is not None},
-        inputs={key: Selection(kept) for key, kept in inputs.items() if kept is not None},
-    )
+    def _layers(self, asked: Layers, name: str) -> list[int]:
+        n_layers = self.n_layers
+        split = round(self.distil.split * n_layers)
+        if isinstance(asked, str):
+            return list(
+                {"all": range(n_layers), "shallow": range(split)}.get(asked, range(split, n_layers))
+            )
+        named = {"middle": (n_layers - 1) // 2, "last": n_layers - 1}
+        numbers = [named[layer] if isinstance(layer, str) else layer for layer in asked]
+        wrong = [number for number in numbers if not -n_layers <= number < n_layers]
+        if wrong:
+            raise UserError(
+                f"distil.objectives.{name}.layers: there is no layer {wrong[0]}; "
+                f"the student has layers 0 to {n_layers - 1}"
+            )
+        return sorted({number % n_layers for number in numbers})
 
 
 def build_schedule(train: TrainConfig) -> Callable[[int], float]:
@@ -255,10 +339,15 @@ def _check_schedule(distil: DistilConfig, objectives: Objectives) -> None:
             )
 
 
+def _turns(distil: DistilConfig, objectives: Objectives) -> list[list[str]]:
+    """The levels that learn together, turn by turn."""
+    turns = [[level] for level, share in (staged_shares(distil) or {}).items() if share > 0]
+    return turns or [objectives.levels]
+
+
 def _check_balance(distil: DistilConfig, objectives: Objectives) -> None:
     """Of the levels that learn together, one at least has to have a share."""
-    turns = [[level] for level, share in (staged_shares(distil) or {}).items() if share > 0]
-    for levels in turns or [objectives.levels]:
+    for levels in _turns(distil, objectives):
         if not any(getattr(distil.balance, level) for level in levels):
             raise UserError(
                 f"distil.balance: the share of {' and '.join(levels)} is 0, so nothing would be "
@@ -266,18 +355,12 @@ def _check_balance(distil: DistilConfig, objectives: Objectives) -> None:
             )
 
 
-def _layers(asked: Layers, split: int, n_layers: int, name: str) -> list[int]:
-    if asked == "all":
-        return list(range(n_layers))
-    if asked == "shallow":
-        return list(range(split))
-    if asked == "deep":
-        return list(range(split, n_layers))
-    wrong = [index for index in asked if not 0 <= int(index) < n_layers]
-    if wrong:
-        raise UserError(
-            f"distil.objectives.{name}.layers: there is no layer {wrong[0]}; "
-            f"the student has layers 0 to "
-            f"{n_layers - 1}"
-        )
-    return [int(index) for index in asked]
+def _check_every_step(distil: DistilConfig, objectives: Objectives) -> None:
+    """Something has to be learnt on every step, or the optimizer would move by its momentum."""
+    for levels in _turns(distil, objectives):
+        names = [name for name in objectives.names if objectives.level_of(name) in levels]
+        if all(distil.objectives[name].every > 1 for name in names):
+            raise UserError(
+                f"distil.objectives: {', '.join(names)} skip steps, and nothing else of that turn "
+                "is learnt on those; set the `every` of one of them to 1"
+            )

@@ -21,7 +21,7 @@ from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.data.batch import Batch
 from makd_llm.data.loader import TrainLoader
 from makd_llm.errors import Diverged, Interrupted
-from makd_llm.objectives.combine import UNITS, Losses, Objectives
+from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
 from makd_llm.train.levels import LevelBalance, staged_level
 from makd_llm.train.metrics import Metrics
@@ -143,14 +143,14 @@ class Loop:
             or self.step % self.settings.log_every == 0
             or self.step == self.settings.steps
         ):
-            means = _means(sums, denominators)
+            means = self._means(sums, denominators)
             if balancing and self.model.step_applied:
                 self._measure_levels(means)
             seconds = time.monotonic() - began
             metrics.write(
                 self.step,
                 {
-                    "loss": sum(self._weight(n) * v for n, v in means.items()),
+                    "loss": sum(self.objectives.scale_of(n) * v for n, v in means.items()),
                     **{f"loss/{name}": value for name, value in means.items()},
                     "gradient_norm": self.model.gradient_norm,
                     "learning_rate": learning_rate,
@@ -171,6 +171,7 @@ class Loop:
             turn = staged_level(self.step, self.settings.steps, self.settings.staged)
             multiplier = {level: m if level == turn else 0.0 for level, m in multiplier.items()}
         self.objectives.multiplier = multiplier
+        self.objectives.step = self.step
 
     def _measure_levels(self, means: dict[str, float]) -> None:
         assert self.balance is not None
@@ -180,11 +181,15 @@ class Loop:
             losses[level] = losses.get(level, 0.0) + self.objectives.weight_of(name) * value
         self.balance.measure(losses)
 
-    def _weight(self, name: str) -> float:
-        return (
-            self.objectives.weight_of(name)
-            * self.objectives.multiplier[self.objectives.level_of(name)]
-        )
+    def _means(
+        self, sums: dict[str, torch.Tensor], denominators: dict[str, float]
+    ) -> dict[str, float]:
+        """Each objective's mean over all ranks; one collective, one device-to-host copy."""
+        names = list(sums)
+        stacked = distributed.sum_over_ranks(torch.stack([sums[n].double() for n in names]))
+        units = [self.objectives.unit_of(name) for name in names]
+        values: list[float] = stacked.tolist()
+        return {n: v / denominators[u] for n, v, u in zip(names, values, units, strict=True)}
 
     def _watch(self, batches: list[Batch], metrics: Metrics) -> None:
         """Counts steps that DeepSpeed skipped because the gradient was not finite; gives up after
@@ -211,15 +216,6 @@ class Loop:
                 f"gradient, last step {self.step}; their records are in {path}; lower the learning "
                 "rate, or look at those records"
             )
-
-
-def _means(sums: dict[str, torch.Tensor], denominators: dict[str, float]) -> dict[str, float]:
-    """Each objective's mean over all ranks; one collective, one device-to-host copy."""
-    names = list(sums)
-    stacked = distributed.sum_over_ranks(torch.stack([sums[n].double() for n in names]))
-    units = [UNITS.get(name, "tokens") for name in names]
-    values: list[float] = stacked.tolist()
-    return {n: v / denominators[u] for n, v, u in zip(names, values, units, strict=True)}
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

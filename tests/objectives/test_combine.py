@@ -1,13 +1,16 @@
 """The objectives' sum: weights, multipliers of levels, units, padding; what is asked of a model."""
 # B batch, T tokens, V vocabulary, D width
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from makd_llm.data.batch import Batch, collate
 from makd_llm.data.schema import Example
-from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.combine import Objectives
+from makd_llm.objectives.head import CrossEntropy, Divergence, Timing
 from makd_llm.objectives.terms import attention_term, hidden_term, matrix_term
 from makd_llm.shown import AttentionShown, Needs, Shown
 
@@ -37,13 +40,13 @@ def shown(seed: int, *, learns: bool = True) -> Shown:
 
 def all_terms() -> Objectives:
     return Objectives(
-        ModelLevel(cross_entropy=0.3, logits=2.0),
         {
             "matrix": matrix_term([0], ["q", "up"], weight=3.0),
             "attention": attention_term([1], weight=0.5, impl="reference"),
             "hidden": hidden_term([0, 1], weight=0.25, normalize="mean"),
             "off": hidden_term([0], weight=0.0),
         },
+        {"cross_entropy": CrossEntropy(0.3), "logits": Divergence(2.0)},
     )
 
 
@@ -126,10 +129,49 @@ def test_a_level_that_is_off_asks_for_nothing_and_counts_nothing(batch: Batch) -
 
 
 def test_presets_without_a_teacher_say_so() -> None:
-    assert not Objectives(ModelLevel(cross_entropy=1.0, logits=0.0), {}).needs_teacher
-    assert Objectives(ModelLevel(cross_entropy=0.0, logits=1.0), {}).needs_teacher
+    assert not Objectives({}, {"cross_entropy": CrossEntropy(1.0)}).needs_teacher
+    assert Objectives({}, {"logits": Divergence(1.0)}).needs_teacher
     assert all_terms().needs_teacher
     replaying = matrix_term([0], ["q"], weight=1.0, teacher_input=True)
-    objectives = Objectives(ModelLevel(0.0, 1.0), {"matrix": replaying})
+    objectives = Objectives({"matrix": replaying}, {"logits": Divergence(1.0)})
     assert objectives.replays_teacher_input and objectives.needs_of_teacher.matrix_input
     assert not objectives.needs_of_student.matrix_input
+
+
+def test_two_divergences_and_no_cross_entropy(batch: Batch) -> None:
+    objectives = Objectives(
+        {},
+        {"forward": Divergence(2.0), "reverse": Divergence(3.0, "reverse_kl", temperature=2.0)},
+    )
+    ours = torch.randn(B, T, D).double(), torch.randn(V, D).double()
+    theirs = torch.randn(B, T, D).double(), torch.randn(V, D).double()
+    loss, sums = objectives.at_head(batch, {"targets": 5.0, "tokens": 1.0}, *theirs)(*ours)
+    learnt = batch.target_mask_BT
+    expected = {}
+    for name, temperature in (("forward", 1.0), ("reverse", 2.0)):
+        log_q, log_p = (
+            ((h @ w.T)[learnt] / temperature).log_softmax(-1) for h, w in (ours, theirs)
+        )
+        first, second = (log_p, log_q) if name == "forward" else (log_q, log_p)
+        expected[name] = (first.exp() * (first - second)).sum() * temperature**2
+        torch.testing.assert_close(sums[name].double(), expected[name], rtol=1e-9, atol=0)
+    total = (2.0 * expected["forward"] + 3.0 * expected["reverse"]) / 5.0
+    torch.testing.assert_close(loss.double(), total, rtol=1e-6, atol=0)
+    assert sums.keys() == {"forward", "reverse", "cross_entropy"}, "the last is measured only"
+    assert objectives.scale_of("cross_entropy") == 0.0
+
+
+def test_an_objective_that_skips_steps_is_not_computed_on_them_and_one_warms_up(
+    batch: Batch,
+) -> None:
+    rare = hidden_term([0], weight=4.0)
+    objectives = Objectives(
+        {"rare": replace(rare, timing=Timing(every=3))},
+        {"cross_entropy": CrossEntropy(2.0, Timing(warmup_steps=4))},
+    )
+    seen = []
+    for step in range(1, 6):
+        objectives.step = step
+        seen.append((objectives.scale_of("rare"), objectives.scale_of("cross_entropy")))
+        assert bool(objectives.needs_of_student.hidden) == (step in (1, 4))
+    assert seen == [(4.0, 0.5), (0.0, 1.0), (0.0, 1.5), (4.0, 2.0), (0.0, 2.0)]

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from makd_llm.objectives.combine import ModelLevel, Objectives
+from makd_llm.objectives.combine import Objectives
+from makd_llm.objectives.head import CrossEntropy, Divergence
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.terms import attention_term, hidden_term, matrix_term
 from makd_llm.shown import AttentionShown, Needs, Shown
@@ -39,7 +40,7 @@ def test_matrices_are_compared_with_the_layers_and_features_that_are_named() -> 
     second = relative(student.matrix[1, "q"], teacher.matrix[5, "q"])
     torch.testing.assert_close(term.compare(student, teacher, None), (first + second) / 2)
 
-    objectives = Objectives(ModelLevel(0.0, 1.0), {"matrix": term})
+    objectives = Objectives({"matrix": term}, {"logits": Divergence(1.0)})
     assert objectives.needs_of_student == Needs(matrix=frozenset({(0, "q"), (1, "q")}))
     assert objectives.needs_of_teacher == Needs(
         matrix=frozenset({(2, "q"), (5, "q")}), matrix_input=True
@@ -90,10 +91,10 @@ def test_an_idle_zero_is_part_of_the_loss() -> None:
     from makd_llm.data.schema import Example
 
     batch = collate([Example("a", [1, 2, 3], 2)], pad_id=0)
-    objectives = Objectives(ModelLevel(1.0, 0.0), {})
+    objectives = Objectives({}, {"cross_entropy": CrossEntropy(1.0)})
     unused = torch.zeros(1, requires_grad=True)
     losses = objectives(
-        torch.ones(()), Shown(idle=(unused * 0.0).sum()), Shown(), batch, {"tokens": 1.0}
+        (torch.ones(()), {}), Shown(idle=(unused * 0.0).sum()), Shown(), batch, {"tokens": 1.0}
     )
     losses.total.backward()
     assert losses.total.item() == 1.0 and unused.grad is not None

@@ -1,0 +1,139 @@
+"""From a YAML file and overrides to a checked config, and back; errors in one line."""
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from makd_llm.config.objectives import OBJECTIVES, by_name
+from makd_llm.config.presets import merged, preset
+from makd_llm.config.run import DEFAULT_PRESET, RunConfig
+from makd_llm.config.section import Section
+from makd_llm.errors import UserError
+
+
+def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
+    """Reads a YAML file (or none: all defaults), applies `key.path=value` overrides, and checks the
+    result.
+
+    Raises UserError: missing or malformed file, unknown key, wrong type, value out of range.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(
+                f"{override!r}: not of the form key.path=value; example: distil.train.steps=50"
+            )
+    where = str(path) if path else "defaults"
+    try:
+        from_file = OmegaConf.load(path) if path else OmegaConf.create({})
+        if not OmegaConf.is_dict(from_file):
+            raise UserError(
+                f"{where}: expected keys and values at the top level, "
+                "found a list or a single value"
+            )
+        typed = OmegaConf.from_dotlist(overrides)
+        asked = OmegaConf.select(typed, "distil.preset")
+        own = OmegaConf.select(from_file, "distil")
+        if isinstance(asked, str) and OmegaConf.is_dict(own):
+            from_file.distil = _under(asked, OmegaConf.to_container(own))
+        plain = OmegaConf.to_container(OmegaConf.merge(from_file, typed), resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; configs/ holds examples") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a config file; name a .yaml file in it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; expected a YAML config file") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        first_line = " ".join(str(error).split())
+        raise UserError(f"{where}: not readable as a config: {first_line}") from None
+    if not isinstance(plain, dict):
+        raise UserError(
+            f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
+        )
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(_first_line(error, where, overrides)) from None
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def checked(section: type[SomeSection], values: dict[str, Any]) -> SomeSection:
+    """A section from plain values, as a command's options give them. Raises UserError."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_line(error, "command line", [])) from None
+
+
+def _under(asked: str, distil: Any) -> dict[str, Any]:
+    """A file's block `distil` under a preset that the command line names: what the file's own
+    preset brought along goes, and its objectives are those of the new one.
+    """
+    above, own = preset(asked), preset(distil.get("preset", DEFAULT_PRESET))
+    kept = {key: value for key, value in distil.items() if key not in own or key in above}
+    objectives = by_name(distil.get("objectives") or {})
+    kept["objectives"] = {name: {**value, "weight": 0.0} for name, value in objectives.items()}
+    return merged(kept, above)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, as a run folder keeps it."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _first_line(error: ValidationError, where: str, overrides: list[str]) -> str:
+    """One line for the first problem: path, what is wrong, what to do."""
+    problem = error.errors()[0]
+    location = _location(problem["loc"])
+    path = ".".join(str(part) for part in location)
+    if any(override.partition("=")[0].startswith(path) for override in overrides):
+        where = "command line"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(known)
+        return f"{where}: unknown key {path}; {advice}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    single = not isinstance(problem["input"], dict | list | tuple)
+    found = f", found {problem['input']!r}" if single else ""
+    return f"{where}: {path}: {message[0].lower() + message[1:]}{found}{more}"
+
+
+def _location(parts: Sequence[int | str]) -> list[int | str]:
+    """Where a problem is, as a person wrote it: pydantic also names the branches of unions, and the
+    kind of an objective after its name.
+    """
+    found = [part for part in parts if not (isinstance(part, str) and set("[(") & set(part))]
+    if found[:2] == ["distil", "objectives"]:
+        del found[3:4]
+    return found
+
+
+def _known_keys(path: Sequence[int | str]) -> list[str]:
+    if tuple(path[:2]) == ("distil", "objectives") and len(path) == 4:
+        return list(OBJECTIVES[str(path[3])].model_fields)
+    section: type[BaseModel] = RunConfig
+    for name in path:
+        field = section.model_fields.get(str(name))
+        found = _section_type(field.annotation) if field else None
+        if found is None:
+            return []
+        section = found
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return next((s for a in get_args(annotation) if (s := _section_type(a))), None)
+    return None

@@ -1,0 +1,46 @@
+"""Layer level: how tokens relate to each other among a layer's queries, keys or values (MiniLM v2).
+
+A relation is softmax(X Xᵀ / sqrt(d)) for X the layer's queries, keys or values, split anew into a
+number of heads that teacher and student share; so their widths may differ. It is an attention
+distribution of X over itself, and compared as one, without maps (makd_kernels.attention_kl).
+"""
+# B batch, T tokens, M and N widths, A relation heads
+
+from torch import Tensor
+
+from makd_kernels.attention_kl import attention_kl
+
+
+def relation_divergence(
+    student_BTM: Tensor,
+    teacher_BTN: Tensor,
+    attention_mask_BT: Tensor | None,
+    *,
+    heads: int,
+    impl: str = "auto",
+) -> Tensor:
+    """KL(relation of the teacher || of the student) per token, mean over heads. Returns (B, T)
+    fp32, 0 where the token is padding.
+
+    Source: MiniLM v2, with causal relations (ours: a decoder's token has seen none after it). The
+    teacher receives no gradient. Raises ValueError where a width cannot be split into the heads.
+    """
+    for who, width in (("student", student_BTM.shape[-1]), ("teacher", teacher_BTN.shape[-1])):
+        if width % heads:
+            raise ValueError(f"{heads} relation heads do not divide the {who}'s width {width}")
+    ours_BATD = _split(student_BTM, heads)
+    theirs_BATD = _split(teacher_BTN.detach(), heads)
+    divergence_BAT: Tensor = attention_kl(
+        theirs_BATD,
+        theirs_BATD,
+        ours_BATD,
+        ours_BATD,
+        attention_mask_BT=attention_mask_BT,
+        impl=impl,
+    )
+    return divergence_BAT.mean(dim=1)
+
+
+def _split(x_BTM: Tensor, heads: int) -> Tensor:
+    x_BTAD: Tensor = x_BTM.unflatten(-1, (heads, -1))
+    return x_BTAD.transpose(1, 2)
