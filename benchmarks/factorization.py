@@ -78,19 +78,21 @@ def main() -> None:
         f"windows of {asked.window}, {asked.batch} at a time; ranks in multiples of "
         f"{asked.rank_multiple}; bfloat16"
     )
-    rows = [r for r in _read(asked.out) if r["settings"] == settings]
+    stored = _read(asked.out)
+    rows = [r for r in stored if r["settings"] == settings]
+    others = [r for r in stored if r["settings"] != settings]
     done = {(r["method"], float(str(r["keep_ratio"]))) for r in rows}
     with tempfile.TemporaryDirectory() as scratch:
         if ("teacher", 1.0) not in done:
             row = _row("teacher", 1.0, perplexity(teacher, batches["test"], dtype=torch.bfloat16))
-            _add(rows, {**row, "seconds": "", "settings": settings}, asked.out)
+            _add(rows, {**row, "seconds": "", "settings": settings}, others, asked.out)
         for name in asked.rows:
             for keep in asked.keep:
                 if (name, keep) not in done:
                     say(f"{name}, keep {keep}")
                     recipe = Recipe(keep, rank_multiple=asked.rank_multiple, **ROWS[name])  # type: ignore[arg-type]
                     row = _made(name, recipe, teacher, batches, Path(scratch))
-                    _add(rows, {**row, "settings": settings}, asked.out)
+                    _add(rows, {**row, "settings": settings}, others, asked.out)
             shutil.rmtree(Path(scratch) / "student", ignore_errors=True)
     _show(rows, settings)
 
@@ -122,9 +124,15 @@ def _row(name: str, keep: float, found: float) -> dict[str, object]:
     return {"method": name, "keep_ratio": keep, "kept": keep, "perplexity": round(found, 3)}
 
 
-def _add(rows: list[dict[str, object]], row: dict[str, object], out: Path) -> None:
+def _add(
+    rows: list[dict[str, object]],
+    row: dict[str, object],
+    others: list[dict[str, object]],
+    out: Path,
+) -> None:
+    """others: rows of other settings, which stay in the file."""
     rows.append({**row, **where("cpu")})
-    write(rows, out)
+    write([*rows, *others], out)
 
 
 def _read(path: Path) -> list[dict[str, object]]:

@@ -53,6 +53,7 @@ def lowrank(rows: list[Row]) -> str:
 
 def factorization(rows: list[Row]) -> str:
     """Perplexity by method and keep_ratio."""
+    rows = [row for row in rows if row["settings"] == rows[0]["settings"]]
     keeps = sorted({row["keep_ratio"] for row in rows} - {"1.0"}, key=float, reverse=True)
     found = {(row["method"], row["keep_ratio"]): float(row["perplexity"]) for row in rows}
     lines = [f"| method | {' | '.join(f'keep {keep}' for keep in keeps)} |"]

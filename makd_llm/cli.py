@@ -54,8 +54,8 @@ def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str)
     from makd_llm.pipeline import Run
 
     distributed.quiet()
-    # While a stage trains, the loop takes this over: it finishes the step and saves.
-    signal.signal(signal.SIGTERM, _stop)
+    # While a stage trains, the loop takes these over: it finishes the step and saves.
+    _stop_at_signals()
     run = Run(checked, ds)
     distributed.init()
     try:
@@ -176,7 +176,7 @@ def factorize(
     if min(samples, batch) < 1 or (window is not None and window < 2):
         raise UserError("--samples and --batch are at least 1, --window at least 2")
     distributed.quiet()
-    signal.signal(signal.SIGTERM, _stop)
+    _stop_at_signals()
     distributed.init()
     try:
         text = TextSettings(data, held_out, samples, window, batch)
@@ -263,6 +263,12 @@ def main(arguments: list[str] | None = None) -> None:
         _end(f"{wrong.format_message()} (makd --help shows what there is)", 2)
     except typer.Abort:
         _end("interrupted; run the same command again to go on", 75)
+
+
+def _stop_at_signals() -> None:
+    """SIGINT too: click would turn it into an end like any other."""
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, _stop)
 
 
 def _stop(number: int, frame: object) -> None:

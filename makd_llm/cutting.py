@@ -4,6 +4,7 @@ students on the way to it. Every function here is collective.
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,18 @@ class Cutting:
         if start != teacher:
             folders["shaped"] = start
         counts = distributed.on_main(counts_of_folders, folders)
+        shape = settings.model_dump(include={"depth", "width", "heads"}, exclude_none=True)
         return {
-            **settings.model_dump(),
-            "matrices": [r.__dict__ for r in reports],
-            "parameters": {n: c.__dict__ for n, c in counts.items()},
+            "teacher": self.config.teacher.model,
+            "recipe": asdict(recipe),
+            "shape": shape,
+            "calibration": {
+                "data": self.config.data.source,
+                "tokens": sum(distributed.gather_objects(sum(int(b.n_tokens) for b in batches))),
+            },
+            "ranks": distributed.world_size(),
+            "matrices": [asdict(r) for r in reports],
+            "parameters": {n: asdict(c) for n, c in counts.items()},
         }
 
     def before(

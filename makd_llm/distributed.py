@@ -144,6 +144,12 @@ def barrier() -> None:
         gather_objects(None)
 
 
+def sum_in_place(tensor: torch.Tensor) -> None:
+    """Adds all ranks' tensors up into each rank's own: for what is too large to be held twice."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The elementwise sum over all ranks, in the tensor's own dtype and device; a new tensor."""
     return _reduced(tensor, dist.ReduceOp.SUM)

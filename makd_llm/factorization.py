@@ -28,10 +28,10 @@ from makd_llm.data.text import read_tokens, spread_windows
 from makd_llm.errors import UserError
 from makd_llm.factorize.ladder import components_in, measured_rungs, name_of
 from makd_llm.factorize.residuals import perplexity, residuals
-from makd_llm.factorize.student import MatrixReport, Recipe, factorize
+from makd_llm.factorize.student import MatrixReport, Recipe, clear_parts, factorize
 from makd_llm.files import write_whole
 from makd_llm.models.source import load_tokenizer, resolve_model
-from makd_llm.report.card import factorization_card
+from makd_llm.report.card import student_card
 from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.train.build import build_prompts, build_records
 
@@ -66,6 +66,11 @@ def factorize_model(
 
     stages: also measure the students on the way to it (ladder.py), which takes text.held_out.
     """
+    if text.held_out is not None and text.held_out == text.data and Path(text.data).is_file():
+        raise UserError(
+            f"--held-out {text.held_out} is the file that --data calibrates on, which tells "
+            "nothing of other text; name another"
+        )
     if stages and text.held_out is None:
         raise UserError("--stages measures students; name a text for it in --held-out")
     teacher = resolve_model(model)
@@ -91,6 +96,7 @@ def factorize_model(
         dtype=dtype,
         components=components_in(scratch, recipe) if scratch else None,
         tell=_tell,
+        keep_parts=True,
     )
     counts = distributed.on_main(counts_of_folders, {"teacher": teacher, "student": out})
     report: dict[str, Any] = {
@@ -122,13 +128,14 @@ def factorize_model(
                 name_of(recipe): found["student"]
             }
     distributed.on_main(_write, out, report)
+    distributed.on_main(clear_parts, out)
     return report
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
     try:
         write_whole(out / REPORT, json.dumps(report, indent=1))
-        write_whole(out / "README.md", factorization_card(report))
+        write_whole(out / "README.md", student_card(report))
         factorization_plot(report, out / "factorization.png")
         if stages := report.get("held_out", {}).get("stages"):
             stages_plot(stages, out / "stages.png")
@@ -180,7 +187,7 @@ def _batches(
         tokens, _ = read_tokens(Path(source), tokenizer, key)
         examples = spread_windows(tokens, window=text.window, count=text.samples)
     else:
-        examples = _records(source, text, tokenizer)
+        examples = _records(source, text, tokenizer, validation=key == "--held-out")
     world = distributed.world_size()
     usable = len(examples) // world * world
     if usable == 0:
@@ -193,10 +200,13 @@ def _batches(
     )
 
 
-def _records(source: str, text: TextSettings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _records(
+    source: str, text: TextSettings, tokenizer: PreTrainedTokenizerBase, *, validation: bool
+) -> list[Example]:
+    """Of the training split, or the validation split; a single file has one for both."""
     assert text.window is not None
     data = DataConfig(source=source, max_length=text.window)
-    records = build_records(data, limit=text.samples)
+    records = build_records(data, validation=validation)
     found = usable_examples(build_prompts(data, tokenizer), records, data.on_bad_record, Counter())
     return [example for _, example in islice(found, text.samples)]
 

@@ -1,14 +1,28 @@
 """Small files that are whole or not there, and what says that a file has changed."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes UTF-8 text under another name and renames it: a reader never meets half of it."""
-    scratch = path.with_name(f"{path.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another name to write a file under; it takes the file's place at the end, or goes where the
+    writing fails.
+    """
+    scratch = path.with_name(f".writing-{path.name}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

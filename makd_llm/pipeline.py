@@ -47,7 +47,8 @@ from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import Objectives
 from makd_llm.objectives.head import CrossEntropy
-from makd_llm.report.plots import stages_plot
+from makd_llm.report.card import student_card
+from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
@@ -359,6 +360,8 @@ class Run:
         """start: the model that is cut, the teacher or what `shape` made of it."""
         report = self.cutting.factors(teacher, start, result)
         distributed.on_main(_write_json, self.dir / "factorization.json", report)
+        distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
+        distributed.on_main(write_whole, result / "README.md", student_card(report))
         if distributed.is_main():
             show(factorization_table(report))
 
@@ -414,7 +417,19 @@ class Run:
             value = {name: rows[name]["perplexity"]["value"] for name in folders}
             found["stages"] = self._steps(teacher, start, evaluation, value)
             distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
+        distributed.on_main(self._write_card, student, found)
         distributed.on_main(_write_json, self.dir / "evaluation.json", found)
+
+    def _write_card(self, student: Path, evaluation: dict[str, Any]) -> None:
+        """README.md of the distilled student: how it was made, and what was measured."""
+        report = json.loads((self.dir / "factorization.json").read_text(encoding="utf-8"))
+        train = self.config.distil.train
+        distilled = {
+            "preset": self.config.distil.preset,
+            "steps": f"{train.steps} of {train.batch_size} records of {self.config.data.source}",
+        }
+        card = student_card(report, distilled=distilled, evaluation=evaluation)
+        write_whole(student / "README.md", card)
 
     def _steps(
         self, teacher: Path, start: Path, evaluation: Evaluation, measured: dict[str, float]

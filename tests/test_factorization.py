@@ -1,10 +1,16 @@
 """`makd factorize`: a student from a teacher and a text, what it says, and how it refuses."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import makd_llm  # noqa: F401  (makes the Auto classes know the student)
@@ -19,6 +25,13 @@ def text(tiny: Path) -> Path:
     return tiny / "text.txt"
 
 
+@pytest.fixture
+def held_out(tiny: Path) -> Path:
+    words = [json.loads(line)["document"] for line in (tiny / "validation.jsonl").open()]
+    (tiny / "held-out.txt").write_text("\n".join(reversed(words)) * 3, encoding="utf-8")
+    return tiny / "held-out.txt"
+
+
 def call(tiny: Path, out: Path, *more: str) -> None:
     sizes = ("--rank-multiple", "2", "--window", "32", "--samples", "16", "--dtype", "float32")
     main(["factorize", str(tiny / "teacher"), "--out", str(out), *sizes, *more])
@@ -26,11 +39,16 @@ def call(tiny: Path, out: Path, *more: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "records"])
 def test_a_student_and_its_report(
-    kind: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    tiny: Path,
+    text: Path,
+    held_out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = str(text if kind == "text" else tiny / "train.jsonl")
-    out = tmp_path / "student"
-    call(tiny, out, "--data", data, "--held-out", data, "--keep", "0.6", "--budget", "greedy")
+    data, other = (text, held_out) if kind == "text" else (tiny, tiny)  # a folder's two splits
+    out, given = tmp_path / "student", ("--data", str(data), "--held-out", str(other))
+    call(tiny, out, *given, "--keep", "0.6", "--budget", "greedy")
     shown = capsys.readouterr().out
     assert "factorized matrices" in shown and "held-out perplexity" in shown
     report = json.loads((out / "factorization.json").read_text())
@@ -46,9 +64,13 @@ def test_a_student_and_its_report(
 
 
 def test_stages_tell_what_each_step_is_worth(
-    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    text: Path,
+    held_out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, given = tmp_path / "student", ("--data", str(text), "--held-out", str(text))
+    out, given = tmp_path / "student", ("--data", str(text), "--held-out", str(held_out))
     call(tiny, out, *given, "--stages", "--refine", "1")
     assert "what each step is worth" in capsys.readouterr().out
     report = json.loads((out / "factorization.json").read_text())
@@ -123,6 +145,7 @@ def test_json_is_the_report(
         (["--data", "TEXT", "--samples", "1"], "32 tokens cannot fill the covariance of 48"),
         (["--data", "TEXT", "--stages"], "name a text for it in --held-out"),
         (["--data", "TEXT", "--keep", "0.01"], "keep_ratio 0.01 cannot be met"),
+        (["--data", "TEXT", "--held-out", "TEXT"], "is the file that --data calibrates on"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(
@@ -163,3 +186,128 @@ def test_a_disk_that_fills_leaves_no_student(
     call(tiny, tmp_path / "student", "--data", str(text))
     assert "goes on from 28 parts" in capsys.readouterr().err
     assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+def test_records_that_are_held_out_are_of_the_validation_split(tiny: Path, tmp_path: Path) -> None:
+    from makd_llm.factorization import TextSettings, _batches
+    from makd_llm.models.source import load_tokenizer
+
+    rows = [json.loads(line) for line in (tiny / "validation.jsonl").open()]
+    kept = [json.dumps({**row, "id": f"v{row['id']}"}) for row in rows]
+    for split in ("train", "validation"):
+        lines = kept if split == "validation" else (tiny / "train.jsonl").read_text().splitlines()
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = TextSettings(str(tmp_path), str(tmp_path), 8, 64, 4)
+    tokenizer = load_tokenizer(tiny / "teacher")
+    ids = {}
+    for key in ("--data", "--held-out"):
+        batches = _batches(str(tmp_path), key, settings, tokenizer)
+        ids[key] = {i for batch in batches for i in batch.record_ids}
+    assert len(ids["--data"]) == 8 == len(ids["--held-out"])
+    assert all(i.startswith("v") for i in ids["--held-out"])
+    assert not any(i.startswith("v") for i in ids["--data"])
+
+
+def test_a_call_that_ended_before_its_report_goes_on_there(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The disk is full when the report is written: nothing half-written, and nothing done twice."""
+    from makd_llm import files
+
+    whole = Path.write_text
+
+    def full(path: Path, *given: str, **more: str) -> int:
+        if "factorization.json" in path.name:
+            whole(path, "half", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+        return whole(path, *given, **more)
+
+    monkeypatch.setattr(files.Path, "write_text", full)
+    with pytest.raises(SystemExit) as ended:
+        call(tiny, tmp_path / "student", "--data", str(text))
+    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not list((tmp_path / "student").glob("*factorization.json*"))
+    assert not list((tmp_path / "student").glob(".writing*"))
+    call(tiny, tmp_path / "student", "--data", str(text))
+    assert "goes on from 28 parts" in capsys.readouterr().err
+    assert (tmp_path / "student" / "factorization.json").exists()
+    assert not (tmp_path / ".student.parts").exists()
+
+
+def test_a_tokenizer_that_finds_the_disk_full_is_one_line(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*given: object, **more: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(SystemExit) as ended:
+        call(tiny, tmp_path / "student", "--data", str(text))
+    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+
+
+def test_ctrl_c_ends_with_75(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Sent as soon as the first layer is done."""
+    command = [sys.executable, "-m", "makd_llm.cli", "factorize", str(tiny / "teacher")]
+    command += ["--out", str(tmp_path / "student"), "--data", str(text), "--samples", "2000"]
+    command += ["--window", "128", "--method", "sequential", "--budget", "uniform"]
+    command += ["--rank-multiple", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / ".student.parts" / "factors"
+    deadline = time.monotonic() + 120
+    while not list(parts.glob("*.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and "the same command goes on" in said, said
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_low_rank_student_is_no_teacher(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(tiny, tmp_path / "student", "--method", "svd", "--budget", "uniform")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        out = ("--out", str(tmp_path / "again"), "--method", "svd")
+        main(["factorize", str(tmp_path / "student"), *out])
+    assert ended.value.code == 2
+    assert "is a low-rank student; make it dense first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_quantized_weights_are_refused(
+    declared: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have scales beside them, without which they are no weights."""
+    shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    if declared:
+        path = tmp_path / "teacher" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    else:
+        path = tmp_path / "teacher" / "model.safetensors"
+        tensors = load_file(path)
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        out = ("--out", str(tmp_path / "student"), "--method", "svd", "--rank-multiple", "2")
+        main(["factorize", str(tmp_path / "teacher"), *out])
+    assert ended.value.code == 2
+    words = "quantized (fp8)" if declared else "stored as float8_e4m3fn"
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()

@@ -157,6 +157,9 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     assert f"{student['perplexity']['value']:.2f}" in printed, (
         "the tables are what the run ends with"
     )
+    card = (folder / "student" / "README.md").read_text()
+    assert f"perplexity {student['perplexity']['value']:.2f}, ROUGE-1" in card
+    assert "| distilled | preset makd, steps 8 of 4 records" in card
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(
         samples[0]

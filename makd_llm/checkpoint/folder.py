@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -386,4 +387,15 @@ def write_config(
         # models carry, and a copy need not judge them.
         generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises OSError where it cannot be written; the tokenizers library has a bare Exception."""
+    try:
         tokenizer.save_pretrained(folder)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
+from makd_llm.errors import UserError
 from makd_llm.factorize import decompose, parallel
 from makd_llm.factorize.decompose import Components
 from makd_llm.factorize.gradients import backward_walk
@@ -116,44 +117,56 @@ def widths_of_inputs(matrices: Sequence[Matrix], jobs: Sequence[Job]) -> dict[st
 
 
 def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> None:
-    """The components of `fisher`, on one walk back: both sides' statistics, layer by layer."""
+    """The components of `fisher`, on one walk back: both sides' statistics, a window of layers at a
+    time. Collective.
+    """
     jobs: dict[int, list[Job]] = {}
     for job in left:
         jobs.setdefault(job.layer, []).append(job)
-    inputs: dict[str, InputStatistics] = {}
-    outputs: dict[str, Tensor] = {}
+    inputs: dict[tuple[int, str], InputStatistics] = {}
+    outputs: dict[tuple[int, str], Tensor] = {}
 
     def before_layer(layer: int) -> None:
         own = jobs.get(layer, [])
-        inputs.clear()
-        outputs.clear()
         for key, width in widths_of_inputs(walk.matrices(layer), own).items():
-            inputs[key] = InputStatistics.zeros(width, walk.device)
+            inputs[layer, key] = InputStatistics.zeros(width, walk.device)
         for job in own:
             shape = (job.shape.rows, job.shape.rows)
-            outputs[job.matrix.key] = torch.zeros(shape, dtype=torch.float64, device=walk.device)
+            total_MM = torch.zeros(shape, dtype=torch.float64, device=walk.device)
+            outputs[layer, job.matrix.key] = total_MM
 
     def visit(layer: int, matrix: Matrix, batch: Batch, read: Read, gradient_NM: Tensor) -> None:
-        if matrix.key in outputs:
+        place = layer, matrix.key
+        if place in outputs:
             gradient_NM = gradient_NM.float()
-            outputs[matrix.key] += gradient_NM.T @ gradient_NM
-        if matrix.key in inputs:
-            inputs[matrix.key].add(read.x_NK.double())
+            outputs[place] += gradient_NM.T @ gradient_NM
+        if place in inputs:
+            inputs[place].add(read.x_NK.double())
 
     def after_layer(layer: int) -> None:
-        group = group_of(walk.matrices(layer))
-        summed = {key: seen.over_ranks(layer, key) for key, seen in inputs.items()}
-        asked = {key: distributed.sum_over_ranks(total) for key, total in outputs.items()}
+        held = sum(seen.covariance_KK.nbytes for seen in inputs.values())
+        held += sum(total.nbytes for total in outputs.values())
+        if held <= WINDOW_BYTES and layer != min(jobs):
+            return
+        summed = {place: seen.over_ranks(*place) for place, seen in inputs.items()}
+        for total in outputs.values():
+            distributed.sum_in_place(total)
 
         def components_of(job: Job) -> Components:
             weight_MK = dense_matrix(walk.reader, job).to(walk.device)
-            key = job.matrix.key
-            seen = summed[group[key]]
+            seen = summed[job.layer, group_of(walk.matrices(job.layer))[job.matrix.key]]
             return decompose.fisher(
-                weight_MK, seen.covariance_KK, asked[key], seen.tokens, job.most
+                weight_MK,
+                seen.covariance_KK,
+                outputs[job.layer, job.matrix.key],
+                seen.tokens,
+                job.most,
             )
 
-        decompose_share(parts, jobs.get(layer, []), components_of)
+        layers = sorted({number for number, _ in outputs})
+        decompose_share(parts, [job for number in layers for job in jobs[number]], components_of)
+        inputs.clear()
+        outputs.clear()
 
     backward_walk(walk, visit, before_layer, after_layer)
 
@@ -161,10 +174,16 @@ def calibrate_by_gradients(walk: Walk, parts: Parts, left: Sequence[Job]) -> Non
 def decompose_share(
     parts: Parts, jobs: Sequence[Job], components_of: Callable[[Job], Components]
 ) -> None:
-    """Decomposes this rank's share of the jobs and keeps what comes of it."""
+    """Decomposes this rank's share of the jobs and keeps what comes of it. Raises UserError, with
+    the matrix, where its weights or what calibration gave are not finite.
+    """
     costs = [parallel.decomposition_cost(job.shape.rows, job.shape.columns) for job in jobs]
     for number in parallel.mine(costs):
-        keep(parts, jobs[number], components_of(jobs[number]))
+        try:
+            found = components_of(jobs[number])
+        except ValueError as error:
+            raise UserError(f"{jobs[number].name}: {error}; look at the model") from error
+        keep(parts, jobs[number], found)
 
 
 def keep(parts: Parts, job: Job, components: Components) -> None:

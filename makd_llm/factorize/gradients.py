@@ -8,7 +8,7 @@ so-many-th, and those between are made again.
 # B batch, T tokens, D width, N real tokens, M outputs, K inputs, J components
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
@@ -153,10 +153,17 @@ def stride_of(n_layers: int, stream_bytes: int) -> int:
 def _of_last_states(walk: Walk, stream: list[Tensor]) -> list[Tensor]:
     """The gradient of each batch's loss with regard to what the last layer put out."""
     weight_VD = walk.output_weight()
-    leaves = [last.to(walk.device).requires_grad_(True) for last in stream]
     gradients = []
-    for batch, last, hidden_BTD in zip(walk.batches, leaves, walk.finished(leaves), strict=True):
+    leaves: list[Tensor] = []
+
+    def on_the_device() -> Iterator[Tensor]:
+        for last in stream:  # one at a time: all of them are for the CPU's memory
+            leaves[:] = [last.to(walk.device).requires_grad_(True)]
+            yield leaves[0]
+
+    for batch, hidden_BTD in zip(walk.batches, walk.finished(on_the_device()), strict=True):
         walk.nats(hidden_BTD, batch, weight_VD).sum().backward()
+        (last,) = leaves
         assert last.grad is not None
         gradients.append(last.grad.to("cpu"))
     return gradients

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from makd_llm.checkpoint.folder import TensorReader
+from makd_llm.errors import UserError
 from makd_llm.factorize.ranks import MatrixShape, Rank
 from makd_llm.models.families import Matrix, matrices_of
 from makd_llm.models.modeling_lowrank import Fused, Ranks, factor_module, fused_layout
@@ -61,8 +62,15 @@ def jobs_of(reader: TensorReader, config: PreTrainedConfig) -> list[Job]:
 
 
 def dense_matrix(reader: TensorReader, job: Job) -> Tensor:
-    """The (M, K) weight that a job stands for, cut out of a fused or transposed module."""
+    """The (M, K) weight that a job stands for, cut out of a fused or transposed module. Raises
+    UserError where it is of a type that is not a weight by itself (quantized ones have scales).
+    """
     weight = reader.get(f"{job.name}.weight")
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UserError(
+            f"{job.name}.weight is stored as {str(weight.dtype).removeprefix('torch.')}, not as "
+            "bfloat16, float16, float32 or float64; save the model in one of these"
+        )
     return job.own(weight.T if job.matrix.transposed else weight)
 
 

@@ -122,7 +122,7 @@ def greedy_ranks(
         if len(hull) > 1
     ]
     heapq.heapify(steps)
-    while steps:
+    while steps and steps[0][0] < 0:  # what loses nothing, or more, is not bought
         _, i, step = heapq.heappop(steps)
         target = hulls[i][step]
         more = points[i][target][0] - points[i][places[i]][0]

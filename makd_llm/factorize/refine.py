@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
+from makd_llm.errors import UserError
 from makd_llm.layerwise.walk import Stream, Walk
 
 
 def least_squares(output_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """Mean over tokens of |a - y|^2 / |y|^2.
+    """Mean over tokens of |a - y|^2 / |y|^2; of |a - y|^2 where y is all zero.
 
     Token by token, because the few with huge activations (the first of a text) would otherwise be
     all that is fitted.
     """
-    return ((output_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)).mean()
+    size_N = target_ND.square().sum(-1)
+    error_N = (output_ND - target_ND).square().sum(-1)
+    return (error_N / torch.where(size_N > 0, size_N, 1.0)).mean()
 
 
 def lillama(output_ND: Tensor, target_ND: Tensor) -> Tensor:
@@ -67,7 +70,10 @@ def refine_block(
     layer: the student's, on the device. start: what its factors are before they are rounded to the
     layer's dtype, by name. streams: `student` and `teacher`, what either reads.
     targets: what the teacher's layer made of the teacher's stream. Each rank has batches of its
-    own, the same number of them; gradients are averaged. Collective.
+    own, the same number of them; gradients are averaged. Where the last pass over the batches is no
+    better than the first, the layer keeps the factors that it came with. Collective.
+
+    Raises UserError where a loss is not finite.
     """
     if not start:
         return {}, []
@@ -108,9 +114,27 @@ def refine_block(
             schedule.step()
             losses.append(float(loss.detach()) / len(used))
     layer.requires_grad_(False)
+    if not _is_better(losses, len(walk.batches), index):
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(start[name])
     refined = {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
     layer.to(kept_dtype)
     return refined, losses
+
+
+def _is_better(losses: list[float], count: int, index: int) -> bool:
+    """Whether the last pass over so many batches lost less than the first, over all ranks; of one
+    pass nothing can be said.
+    """
+    ends = torch.tensor([sum(losses[:count]), sum(losses[-count:])], dtype=torch.float64)
+    first, last = distributed.sum_over_ranks(ends).tolist()
+    if not math.isfinite(first + last):
+        raise UserError(
+            f"student.refine: the loss of layer {index} is not finite; lower its learning_rate "
+            f"({count} batches a pass), or leave refine out"
+        )
+    return len(losses) == count or last < first
 
 
 def _rows(x_BTD: Tensor, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
+from makd_llm.errors import UserError
 from makd_llm.layerwise.walk import Reached
 from makd_llm.models.families import Matrix, shared_inputs
 from makd_llm.models.modeling_lowrank import Expert
@@ -141,16 +142,17 @@ class InputStatistics:
         return self.sum_abs_K / max(self.tokens, 1)
 
     def over_ranks(self, layer: int, key: str) -> "InputStatistics":
-        """The sums of all ranks, on every rank. Collective.
+        """The sums of all ranks, on every rank, in the place of its own. Collective.
 
-        Raises ValueError, with the place, where they are not finite.
+        Raises UserError, with the place, where they are not finite.
         """
         tokens = torch.tensor([self.tokens], device=self.sum_abs_K.device)
-        summed = InputStatistics(
-            distributed.sum_over_ranks(self.covariance_KK),
-            distributed.sum_over_ranks(self.sum_abs_K),
-            int(distributed.sum_over_ranks(tokens)),
-        )
-        if not bool(summed.covariance_KK.isfinite().all()):
-            raise ValueError(f"calibration: inputs of layer {layer}, matrix {key} are not finite")
-        return summed
+        distributed.sum_in_place(self.covariance_KK)
+        distributed.sum_in_place(self.sum_abs_K)
+        self.tokens = int(distributed.sum_over_ranks(tokens))
+        if not bool(self.covariance_KK.isfinite().all()):
+            raise UserError(
+                f"calibration: what layer {layer}, matrix {key} reads is not finite; "
+                "try --dtype float32, or look at the model"
+            )
+        return self

@@ -71,7 +71,8 @@ from makd_llm.factorize.vocabulary import (
 from makd_llm.files import sample_of_folder
 from makd_llm.layerwise.parts import Parts
 from makd_llm.layerwise.walk import Walk
-from makd_llm.models.modeling_lowrank import lowrank_config
+from makd_llm.models.families import family_of
+from makd_llm.models.modeling_lowrank import is_lowrank, lowrank_config
 from makd_llm.models.origin import clear_origin
 
 
@@ -148,6 +149,7 @@ def factorize(
     components: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
     keep_origin: bool = True,
+    keep_parts: bool = False,
 ) -> list[MatrixReport]:
     """Writes the factorized student's folder; returns a report per matrix, the same on every rank.
 
@@ -157,6 +159,8 @@ def factorize(
     new calibration (about twice the teacher's bf16 size); None: they are removed at the end.
     keep_origin: the student inherits what the teacher's config says of an origin; False where it is
     this teacher that the student will be compared with.
+    keep_parts: what the student was put together from stays, for a call that goes on after it,
+    until `clear_parts`.
     Collective. Raises UserError for an unknown architecture, a damaged folder, too little
     calibration text, or a budget that no ranks meet.
     """
@@ -170,7 +174,27 @@ def factorize(
         stream.run(work.jobs, ranks)
     reports = distributed.on_main(work.reports, ranks)
     distributed.on_main(work.assemble, ranks, tokenizer)
+    if not keep_parts:
+        distributed.on_main(clear_parts, student)
     return reports
+
+
+def clear_parts(student: Path) -> None:
+    """Removes what a factorization keeps beside the student's folder until it is done."""
+    shutil.rmtree(_parts_of(student), ignore_errors=True)
+
+
+def _parts_of(student: Path) -> Path:
+    return student.with_name(f".{student.name}.parts")
+
+
+def _check_limits(limits: Limits, roles: Sequence[str]) -> None:
+    unknown = [role for role in limits if role not in roles]
+    if unknown:
+        raise UserError(
+            f"student.limits.{unknown[0]}: this model has no such matrices; it has "
+            f"{', '.join(roles)}"
+        )
 
 
 class _Work:
@@ -192,6 +216,12 @@ class _Work:
             raise UserError(f"{student} is the teacher itself; choose another folder to write")
         check_target(student)
         self.config = read_config(teacher)
+        if is_lowrank(self.config):
+            raise UserError(
+                f"{teacher} is a low-rank student; make it dense first (makd export {teacher} OUT "
+                "--merge) and name OUT as the teacher"
+            )
+        _check_limits(recipe.limits, family_of(self.config).roles)
         self.reader = TensorReader(teacher)
         self.jobs = jobs_of(self.reader, self.config)
         # First of all, because a budget that cannot be met is not to be found after the work.
@@ -217,9 +247,9 @@ class _Work:
             "batches": distributed.gather_objects(digest_of(batches)),
             "dtype": str(dtype),
         }
-        self.scratch = student.with_name(f".{student.name}.parts")
+        scratch = _parts_of(student)
         self.components = Parts(
-            components or self.scratch / "components",
+            components or scratch / "components",
             json.dumps(
                 {
                     "method": recipe.calibrated_as,
@@ -231,7 +261,7 @@ class _Work:
             tell,
         )
         self.factors = Parts(
-            self.scratch / "factors",
+            scratch / "factors",
             json.dumps({"recipe": asdict(recipe), **depends_on}, indent=1),
             tell,
         )
@@ -370,12 +400,11 @@ class _Work:
         return decompose.residual_of(part["discarded"], float(part["added"]), rank)
 
     def assemble(self, ranks: Sequence[Rank], tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Writes the student's folder from the teacher's and the parts, and clears the parts."""
+        """Writes the student's folder from the teacher's and the parts."""
         generation = read_generation_config(self.teacher)
         lowrank = lowrank_of(self.jobs, ranks) | self.vocabulary
         config = lowrank_config(self.config, lowrank)
         write_model(self.student, config, self._tensors(config, ranks), generation, tokenizer)
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _tensors(
         self, config: PreTrainedConfig, ranks: Sequence[Rank]

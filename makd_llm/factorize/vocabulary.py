@@ -36,11 +36,13 @@ def vocabulary_modules(config: PreTrainedConfig) -> dict[str, str]:
 def vocabulary_ranks(
     reader: TensorReader, config: PreTrainedConfig, keep: float, multiple: int
 ) -> dict[str, int]:
-    """Module name -> the rank at which it keeps this share of its numbers.
+    """Module name -> the rank at which it keeps this share of its numbers; none where that is all.
 
     Raises UserError where no multiple is that small.
     """
-    ranks = {}
+    ranks: dict[str, int] = {}
+    if keep == 1.0:
+        return ranks
     for role, name in vocabulary_modules(config).items():
         rows, columns = reader.shape(f"{name}.weight")
         rank = int(keep * rows * columns / (rows + columns)) // multiple * multiple

@@ -14,7 +14,7 @@ costs. Experts have modules of their own here, also a teacher's.
 # B batch, T tokens, D width
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,7 +145,7 @@ class Walk:
                 for batch, before in zip(self.batches, stream, strict=True)
             ]
 
-    def finished(self, stream: Stream) -> Iterator[Tensor]:
+    def finished(self, stream: Iterable[Tensor]) -> Iterator[Tensor]:
         """The last hidden states (B, T, D), after the final norm, on the device."""
         for batch, last in zip(self.batches, stream, strict=True):
 

@@ -260,9 +260,17 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model, by its config; a low-rank student's is its teacher's.
 
     Raises:
-        UserError: the architecture is unknown, or the config asks for something that is not built.
+        UserError: the architecture is unknown, the weights are quantized, or the config asks for
+            something that is not built.
     """
     known = ", ".join(FAMILIES)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise UserError(
+            f"the model's weights are quantized ({method or 'quantization_config'}), which only "
+            "its own loader can read; save a bfloat16 copy of it, or take what it was made from"
+        )
     family = FAMILIES.get(config.model_type.removeprefix(STUDENT_PREFIX))
     refused = _NOT_BUILT if family is not None and family.experts else _EXPERTS | _NOT_BUILT
     _refuse(config, refused, f"choose a decoder of one of these model types: {known}")

@@ -6,8 +6,17 @@ from typing import Any
 import makd_llm
 
 
-def factorization_card(report: Mapping[str, Any]) -> str:
-    """README.md of a student, with the block that the Hub reads; report: factorization.json."""
+def student_card(
+    report: Mapping[str, Any],
+    *,
+    distilled: Mapping[str, str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """README.md of a student, with the block that the Hub reads.
+
+    report: factorization.json. distilled: how it was trained, by name; None: it was not.
+    evaluation: evaluation.json, of a run that measured it.
+    """
     recipe, parameters = report["recipe"], report["parameters"]
     teacher, student = parameters["teacher"], parameters["student"]
     metadata = [
@@ -24,6 +33,7 @@ def factorization_card(report: Mapping[str, Any]) -> str:
         "method": recipe["method"] + (f", refined ({_words(refine)})" if refine else ""),
         "budget": f"{recipe['budget']}, keep_ratio {recipe['keep_ratio']:g}, "
         f"ranks in multiples of {recipe['rank_multiple']}",
+        **({"shape": _words(report["shape"])} if report.get("shape") else {}),
         **({"embedding": f"{recipe['embedding']:.0%} kept"} if recipe["embedding"] else {}),
         "calibration": f"{report['calibration']['tokens']:,} tokens of "
         f"{report['calibration']['data']}"
@@ -43,6 +53,15 @@ def factorization_card(report: Mapping[str, Any]) -> str:
             f"{found['student']:.2f} (teacher {found['teacher']:.2f}) over "
             f"{held_out['tokens']:,} tokens of {held_out['data']}"
         )
+    if distilled:
+        facts["distilled"] = _words(distilled)
+    if evaluation:
+        models = evaluation["models"]
+        facts |= {
+            f"{name} (validation)": _measured(models[name])
+            for name in models
+            if name != "factorized"
+        }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(
         [
@@ -50,7 +69,7 @@ def factorization_card(report: Mapping[str, Any]) -> str:
             "# A low-rank student",
             "",
             "Every factorized matrix W is kept as two thin factors, up and down. Made with "
-            f"makd_llm {makd_llm.__version__}; not distilled yet.",
+            f"makd_llm {makd_llm.__version__}{'' if distilled else '; not distilled yet'}.",
             "",
             "| | |",
             "|---|---|",
@@ -66,6 +85,13 @@ def factorization_card(report: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """What evaluation.json says of one model."""
+    found = [f"perplexity {row['perplexity']['value']:.2f}"] if "perplexity" in row else []
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
+    return ", ".join(found + [f"{said} {row['rouge'][key]:.2f}" for key, said in names.items()])
 
 
 def _is_hub_id(model: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from makd_llm.files import replacing
 from makd_llm.report.table import kept_share, steps_of
 
 
@@ -46,7 +47,8 @@ def factorization_plot(report: Mapping[str, Any], path: Path) -> None:
         axes[2].invert_yaxis()
         axes[2].set(title="|h_student - h_teacher| / |h_teacher|", ylabel="layer")
         axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     plt.close(figure)
 
 
@@ -61,5 +63,6 @@ def stages_plot(stages: Mapping[str, float], path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="nats per token above the teacher")
     axis.margins(x=0.12)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     plt.close(figure)

@@ -106,8 +106,8 @@ class Step:
     """One stage on the way from plain SVD to a finished student.
 
     above_teacher: mean nats per token more than the teacher's. recovered: the share of what the
-    first stage lost that this one has won back from the stage before; None for teacher and first,
-    and where nothing was lost.
+    first cut lost that this one has won back from the stage before; None up to that cut, and where
+    nothing was lost.
     """
 
     stage: str
@@ -121,10 +121,11 @@ def steps_of(stages: Mapping[str, float]) -> list[Step]:
     (_, teacher), *students = stages.items()
     above = [math.log(value / teacher) for _, value in students]
     steps = [Step(next(iter(stages)), teacher, 0.0, None)]
+    first = 1 if students and students[0][0] == "shaped" else 0  # what is cut, and no cut yet
     for place, (name, value) in enumerate(students):
         won = None
-        if place > 0 and above[0] > 0:
-            won = (above[place - 1] - above[place]) / above[0]
+        if place > first and above[first] > 0:
+            won = (above[place - 1] - above[place]) / above[first]
         steps.append(Step(name, value, above[place], won))
     return steps
 
@@ -133,7 +134,7 @@ def stages_table(stages: Mapping[str, float]) -> Table:
     """What each step from plain SVD on is worth."""
     table = Table(
         title="what each step is worth",
-        caption="won back: share of the nats that the first student lost",
+        caption="won back: share of the nats that the first cut lost",
     )
     for column in ("stage", "perplexity", "nats above teacher", "won back"):
         table.add_column(column, justify="left" if column == "stage" else "right")

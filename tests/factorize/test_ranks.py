@@ -82,6 +82,13 @@ def test_a_matrix_that_would_not_get_smaller_stays_dense_and_counts() -> None:
     assert stored(shapes, ranks) == 64 + 16 * 128
 
 
+def test_ranks_that_lose_more_are_not_bought() -> None:
+    """A measured loss may rise again, and limits keep the dense end away."""
+    losses = [[abs(rank - 5.0) for rank in range(51)]]
+    shape = [MatrixShape("a", "q", 100, 100)]
+    assert greedy_ranks(shape, losses, 0.9, limits={"q": (0.0, 0.2)}) == [5]
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
 def test_greedy_is_the_best_there_is(seed: int, keep: float) -> None:

@@ -17,7 +17,7 @@ from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.factorize import decompose, student
-from makd_llm.factorize.refine import Refinement
+from makd_llm.factorize.refine import Refinement, least_squares
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.models.families import FAMILIES, family_of, matrices_of
@@ -204,6 +204,26 @@ def test_perplexity_is_that_of_the_whole_model(tmp_path: Path) -> None:
     assert found == pytest.approx(torch.tensor(nats / (3 * 23)).exp().item(), rel=1e-4)
 
 
+def test_refinement_that_makes_it_worse_is_taken_back(tmp_path: Path) -> None:
+    teacher = saved_teacher("llama", tmp_path / "teacher")
+    cut(teacher, tmp_path / "plain")
+    cut(teacher, tmp_path / "wild", refine=Refinement(epochs=3, learning_rate=30.0))
+    plain, wild = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "wild"))
+    assert all(torch.equal(plain[name], wild[name]) for name in plain)
+
+
+def test_refinement_whose_loss_is_not_finite_ends_with_the_layer(tmp_path: Path) -> None:
+    teacher = saved_teacher("llama", tmp_path / "teacher")
+    with pytest.raises(UserError, match="the loss of layer 0 is not finite"):
+        cut(teacher, tmp_path / "student", refine=Refinement(epochs=2, learning_rate=1e20))
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_token_of_which_the_teacher_makes_nothing_counts_plainly() -> None:
+    output, target = torch.ones(2, 4), torch.stack([torch.zeros(4), torch.full((4,), 2.0)])
+    assert least_squares(output, target).item() == pytest.approx((4.0 + 0.25) / 2)
+
+
 class Killed(BaseException):
     """What a signal does to a process, as far as the files know."""
 
@@ -296,6 +316,7 @@ def test_components_that_are_kept_serve_other_ratios(
     ("recipe", "tokens", "says"),
     [
         ({"keep_ratio": 0.001}, 12, "keep_ratio 0.001 cannot be met"),
+        ({"limits": {"gate_up": (0.0, 1.0)}}, 12, "this model has no such matrices; it has q, k"),
         ({}, 1, "24 tokens cannot fill the covariance of 40 inputs; give at least 40 tokens"),
     ],
 )
@@ -322,7 +343,7 @@ def test_inputs_that_are_not_finite_are_named(method: str, tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.model.layers[1].input_layernorm.weight.data.fill_(float("nan"))
     model.save_pretrained(teacher)
-    with pytest.raises(ValueError, match="layer 1, matrix q"):
+    with pytest.raises(UserError, match="layer 1, matrix q"):
         cut(teacher, tmp_path / "student", method=method)
 
 

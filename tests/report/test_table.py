@@ -93,6 +93,9 @@ def test_what_a_step_won_back_is_a_share_of_what_the_first_lost() -> None:
     assert [s.above_teacher for s in steps] == pytest.approx([0.0, 4.0, 1.0, 0.0])
     assert [s.recovered for s in steps[:2]] == [None, None]
     assert [s.recovered for s in steps[2:]] == pytest.approx([0.75, 0.25])
+    with_shape = dict([("teacher", 10.0), ("shaped", 11.0), *[*stages.items()][1:]])
+    shares = [s.recovered for s in steps_of(with_shape)]
+    assert shares == [None, None, None, pytest.approx(0.75), pytest.approx(0.25)]
     nothing_lost = {"teacher": 10.0, "svd": 10.0, "whitened": 10.0}
     assert [s.recovered for s in steps_of(nothing_lost)] == [None] * 3
     lines = printed(stages_table(stages))
