@@ -7,7 +7,7 @@ from makd_kernels.dispatch import why_not_triton
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import RunConfig
-from makd_llm.config.objectives import AttentionConfig, MatrixConfig
+from makd_llm.config.objectives import AttentionConfig, LocalConfig, MatrixConfig
 from makd_llm.errors import UserError
 from makd_llm.models.capture import CAPTURING_SDPA, attention_of
 from makd_llm.models.families import check_distillable, family_of
@@ -20,9 +20,10 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
     """Settings against each other and against DeepSpeed's JSON. Raises UserError."""
     distil, data, asked = config.distil, config.data, config.evaluation
     replayed = [name for name, o in distil.of(MatrixConfig).items() if o.input == "teacher"]
+    replayed += list(distil.of(LocalConfig))
     if replayed and distil.train.gradient_checkpointing:
         raise UserError(
-            f"distil.objectives.{replayed[0]}.input=teacher runs matrices a second time, which "
+            f"distil.objectives.{replayed[0]} runs parts of the student a second time, which "
             "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
         )
     no_triton = why_not_triton(distributed.device().type)

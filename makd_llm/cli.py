@@ -44,12 +44,12 @@ LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=T
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def _run(ds: Path, config: Path | None, overrides: list[str] | None, until: str) -> None:
+def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> None:
     from makd_llm.config import load_config
 
     if config is None and not DEFAULT_CONFIG.is_file():
         raise UserError("--config is missing; the demo's config lies in a checkout, not in a wheel")
-    checked = load_config(config or DEFAULT_CONFIG, overrides or [])
+    checked = load_config(config or DEFAULT_CONFIG, overrides)
     from makd_llm import distributed
     from makd_llm.pipeline import Run
 
@@ -73,6 +73,10 @@ def train(
         str,
         typer.Option("--until", help="The last stage: sft, shape, factorize, distil or evaluate."),
     ] = "evaluate",
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="What is learnt: distil.preset; configs/presets has them."),
+    ] = None,
     local_rank: LocalRank = 0,
     debug: Debug = False,
 ) -> None:
@@ -81,7 +85,8 @@ def train(
     """
     if until not in STAGES:
         raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")
-    _run(ds, config, overrides, until)
+    named = [] if preset is None else [f"distil.preset={preset}"]
+    _run(ds, config, [*named, *(overrides or [])], until)
 
 
 @app.command()
@@ -93,7 +98,7 @@ def sft(
     debug: Debug = False,
 ) -> None:
     """Tunes the teacher on the task, and stops there: `train --until sft`."""
-    _run(ds, config, overrides, "sft")
+    _run(ds, config, overrides or [], "sft")
 
 
 @app.command()

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+LAYER = "layer"
+"""In the place of a role, where a layer's own input is meant."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -26,6 +29,11 @@ class Needs:
     """Also what goes into those matrices; of the student: its output for the teacher's input."""
     plain: frozenset[tuple[int, str]] = frozenset()
     """(layer, role) pairs whose outputs are wanted as they are: never projected or replayed."""
+    layer_input: frozenset[int] = frozenset()
+    """Layers whose input is wanted."""
+    again: frozenset[tuple[int, str]] = frozenset()
+    """(layer, source): layers that are to run once more by themselves, on the input that the
+    `student` has there, without its history, or on the `teacher`'s."""
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -34,6 +42,8 @@ class Needs:
             self.matrix | other.matrix,
             self.matrix_input or other.matrix_input,
             self.plain | other.plain,
+            self.layer_input | other.layer_input,
+            self.again | other.again,
         )
 
 
@@ -61,5 +71,9 @@ class Shown:
     """Matrix inputs (B, T, K)."""
     plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix outputs (B, T, M), as they are."""
+    layer_input: dict[int, Tensor] = field(default_factory=dict)
+    """(B, T, D)."""
+    again: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """(layer, source) -> what the layer makes of that input alone, (B, T, D)."""
     idle: Tensor | None = None
     """A zero that keeps in the graph what took part in the forward, but was asked for by nobody."""

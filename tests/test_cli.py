@@ -41,6 +41,14 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--ds", ZERO3, "student.keep_ratio=7"], "student.keep_ratio"),
         (["train", "--ds", ZERO3, "studnet.keep_ratio=0.5"], "did you mean student?"),
         (["train", "--ds", ZERO3, "--oops"], "--oops"),
+        (["train", "--ds", ZERO3, "--preset", "mkad"], "no preset 'mkad'; did you mean makd?"),
+        (
+            [
+                *("train", "--ds", ZERO3, "--preset", "lillama"),
+                "distil.train.gradient_checkpointing=true",
+            ],
+            "distil.objectives.local runs parts of the student a second time",
+        ),
         (
             [
                 "train",

@@ -108,6 +108,7 @@ def test_presets_are_what_they_are_called() -> None:
 def test_a_preset_is_a_config_of_its_own(name: str) -> None:
     path = Path(__file__).parents[1] / "configs" / "presets" / f"{name}.yaml"
     assert path.is_file(), "configs/presets shows them"
+    assert (path.parents[2] / "docs" / "methods" / f"{name}.md").is_file()
     assert load_config(path, []) == load_config(None, [f"distil.preset={name}"])
 
 

@@ -114,6 +114,15 @@ class RelationsConfig(ObjectiveConfig):
     """Into which each is split anew; null: the student's key-value heads."""
 
 
+class LocalConfig(ObjectiveConfig):
+    """Layer level: every layer by itself against the teacher's (Lillama); no gradient reaches the
+    layers before it. Runs the layers once more for each of the inputs.
+    """
+
+    layers: Layers = "all"
+    inputs: Literal["student", "teacher", "both"] = "both"
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "cross_entropy": CrossEntropyConfig,
     "logits": LogitsConfig,
@@ -123,6 +132,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "attention": AttentionConfig,
     "hidden": HiddenConfig,
     "relations": RelationsConfig,
+    "local": LocalConfig,
 }
 
 

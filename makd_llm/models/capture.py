@@ -8,17 +8,17 @@ that live only inside the `with`; they are registered after DeepSpeed's own, so 
 what DeepSpeed handed on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from makd_llm.models.families import Family, Matrix, part_of
-from makd_llm.shown import AttentionShown, Needs, Shown
+from makd_llm.shown import LAYER, AttentionShown, Needs, Shown
 
 CAPTURING_SDPA = "makd_sdpa"
 _RECORDER = "_makd_attention_recorder"
@@ -61,14 +61,16 @@ def capture(
     model: nn.Module,
     family: Family,
     needs: Needs,
-    replay: dict[tuple[int, str], Tensor] | None = None,
+    replay: Mapping[tuple[int, str], Tensor] | None = None,
 ) -> Iterator[Shown]:
     """Collects `needs` from the forward pass that runs inside the `with`.
 
-    model: a Hugging Face causal LM of that family, plain or low-rank. replay: inputs for the asked
-    matrices; then `Shown.matrix` holds each matrix's output for the replayed input, computed by a
-    second call of the module (so that ZeRO-3 gathers its weights), not for the model's own stream.
+    model: a Hugging Face causal LM of that family, plain or low-rank. replay: the teacher's inputs,
+    of matrices by (layer, role) and of layers by (layer, "layer"). `Shown.matrix` then holds such a
+    matrix's output for the replayed input, and `Shown.again` a layer's; both are made by a second
+    call of the module (so that ZeRO-3 gathers its weights), not for the model's own stream.
     """
+    replay = replay or {}
     shown = Shown()
     layers: nn.ModuleList = model.get_submodule(family.layers)  # type: ignore[assignment]
     part = _Part(model.config)  # type: ignore[arg-type]
@@ -76,10 +78,14 @@ def capture(
         backbone = model.get_submodule(family.backbone)
         stack.callback(backbone.register_forward_pre_hook(part.note_rows, with_kwargs=True).remove)
         for index in sorted(needs.hidden):
-            hook = _hidden_hook(shown, index)
+            hook = _hidden_hook(shown, part, index)
             stack.callback(layers[index].register_forward_hook(hook).remove)
+        for index in sorted(needs.layer_input):
+            before = _layer_input_hook(shown, part, index)
+            handle = layers[index].register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
         for index in sorted(needs.attention):
-            _listen_to_attention(layers[index], shown, index, stack)
+            _listen_to_attention(layers[index], shown, part, index, stack)
         for index, matrices in _by_module(family, model.config, needs):  # type: ignore[arg-type]
             module = layers[index].get_submodule(matrices[0].module)
             asked = [m for m in matrices if (index, m.key) in needs.matrix]
@@ -89,22 +95,73 @@ def capture(
             if asked:
                 hook = (
                     _replay_hook(shown, part, index, asked, replay)
-                    if replay
+                    if (index, asked[0].key) in replay
                     else _matrix_hook(shown, part, index, asked, needs.matrix_input)
                 )
                 stack.callback(module.register_forward_hook(hook).remove)
+        for index in sorted({index for index, _ in needs.again}):
+            sources = [source for i, source in sorted(needs.again) if i == index]
+            again = _again_hook(shown, part, index, sources, replay)
+            handle = layers[index].register_forward_hook(again, with_kwargs=True)
+            stack.callback(handle.remove)
         yield shown
 
 
-def _hidden_hook(shown: Shown, index: int) -> Callable[..., None]:
+def _hidden_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        shown.hidden[index] = output[0] if isinstance(output, tuple) else output
+        if not part.again:
+            shown.hidden[index] = _hidden_of(output)
 
     return hook
 
 
-def _listen_to_attention(layer: nn.Module, shown: Shown, index: int, stack: ExitStack) -> None:
+def _hidden_of(output: Any) -> Tensor:
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_BTD
+
+
+def _layer_input_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not part.again:
+            shown.layer_input[index] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _again_hook(
+    shown: Shown,
+    part: "_Part",
+    index: int,
+    sources: list[str],
+    replay: Mapping[tuple[int, str], Tensor],
+) -> Callable[..., None]:
+    """Runs a layer again on other inputs, while nothing inside it is captured."""
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if part.again:  # the calls below come back here
+            return
+        own = args[0] if args else kwargs["hidden_states"]
+        # A cache holds what the model's own pass put there.
+        others = [None if isinstance(value, Cache) else value for value in args[1:]]
+        rest = {name: None if isinstance(v, Cache) else v for name, v in kwargs.items()}
+        rest.pop("hidden_states", None)
+        part.again = True
+        try:
+            for source in sources:
+                x_BTD = own.detach() if source == "student" else replay[index, LAYER]
+                shown.again[index, source] = _hidden_of(module(x_BTD, *others, **rest))
+        finally:
+            part.again = False
+
+    return hook
+
+
+def _listen_to_attention(
+    layer: nn.Module, shown: Shown, part: "_Part", index: int, stack: ExitStack
+) -> None:
     def record(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+        if part.again:
+            return
         window = kwargs.get("sliding_window")
         shown.attention[index] = AttentionShown(query, key, kwargs.get("scaling"), window)
 
@@ -127,11 +184,15 @@ def _by_module(
 
 
 class _Part:
-    """A matrix's share of what its module takes or gives, as (B, T, ...)."""
+    """A matrix's share of what its module takes or gives, as (B, T, ...); and whether this is the
+    model's own pass.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config = config
         self._rows: tuple[int, ...] = ()
+        self.again = False
+        """Whether a layer runs again, in which nothing is to be captured."""
 
     def note_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...)."""
@@ -148,6 +209,8 @@ def _matrix_hook(
     shown: Shown, part: _Part, index: int, matrices: list[Matrix], with_input: bool
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if part.again:
+            return
         for matrix in matrices:
             shown.matrix[index, matrix.key] = part.of_output(matrix, output)
             if with_input:
@@ -162,6 +225,8 @@ def _plain_hook(
     """Registered before a replay's hook, whose own call of the module comes here a second time."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if part.again:
+            return
         for matrix in matrices:
             if (index, matrix.key) in needs.plain and (index, matrix.key) not in shown.plain:
                 shown.plain[index, matrix.key] = part.of_output(matrix, output)
@@ -174,13 +239,13 @@ def _replay_hook(
     part: _Part,
     index: int,
     matrices: list[Matrix],
-    replay: dict[tuple[int, str], Tensor],
+    replay: Mapping[tuple[int, str], Tensor],
 ) -> Callable[..., None]:
     replaying = False
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal replaying
-        if replaying:  # the call below comes back here
+        if replaying or part.again:  # the call below comes back here
             return
         replaying = True
         try:

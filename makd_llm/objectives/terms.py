@@ -19,10 +19,11 @@ from torch import Tensor
 from makd_llm.objectives.attention import attention_divergence
 from makd_llm.objectives.cosine import cosine_distance
 from makd_llm.objectives.head import ALWAYS, Timing
+from makd_llm.objectives.local import local_distance
 from makd_llm.objectives.relations import relation_divergence
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.squared_error import Normalize, squared_error
-from makd_llm.shown import Needs, Shown
+from makd_llm.shown import LAYER, Needs, Shown
 
 Key = tuple[int, str]
 """A matrix: the student's layer, and the role."""
@@ -198,6 +199,44 @@ def relations_term(
         Needs(plain=frozenset(ours for ours, _ in pairs)),
         Needs(plain=frozenset(theirs for _, theirs in pairs)),
         compare,
+    )
+
+
+def local_term(
+    layers: Sequence[int],
+    *,
+    weight: float,
+    inputs: Sequence[str] = ("student", "teacher"),
+    teacher_layers: Sequence[int] | None = None,
+) -> Term:
+    """mean|a - y| - log sigmoid(cos(a, y)) per token, mean over inputs and the given layers: a is
+    what a layer makes, by itself, of the input that the student has there or of the teacher's, y
+    the teacher's output of that layer. No gradient reaches the layers before. Source: Lillama.
+    """
+    mapped = _mapped(layers, teacher_layers)
+    again = [(ours, source) for ours, _ in mapped for source in inputs]
+    from_teacher = "teacher" in inputs
+
+    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
+        return _mean(
+            [
+                local_distance(student.again[ours, source], teacher.hidden[theirs])
+                for ours, theirs in mapped
+                for source in inputs
+            ]
+        )
+
+    def replay(teacher: Shown) -> dict[Key, Tensor]:
+        return {(ours, LAYER): teacher.layer_input[theirs] for ours, theirs in mapped}
+
+    theirs = frozenset(theirs for _, theirs in mapped)
+    return Term(
+        "layer",
+        weight,
+        Needs(again=frozenset(again)),
+        Needs(hidden=theirs, layer_input=theirs if from_teacher else frozenset()),
+        compare,
+        replay if from_teacher else None,
     )
 
 

@@ -14,6 +14,7 @@ from makd_llm.config.objectives import (
     CrossEntropyConfig,
     HiddenConfig,
     Layers,
+    LocalConfig,
     LogitsConfig,
     MatrixConfig,
     ObjectiveConfig,
@@ -40,6 +41,7 @@ from makd_llm.objectives.terms import (
     Term,
     attention_term,
     hidden_term,
+    local_term,
     matrix_term,
     relations_term,
 )
@@ -203,6 +205,8 @@ class _Terms:
                 made[name] = self._hidden(asked, self._layers(asked.layers, name))
             elif isinstance(asked, RelationsConfig):
                 made[name] = self._relations(asked, self._layers(asked.layers, name), name)
+            elif isinstance(asked, LocalConfig):
+                made[name] = self._local(asked, self._layers(asked.layers, name), name)
         timings = {name: _timing(self.distil.objectives[name]) for name in made}
         return {name: replace(t, timing=timings[name]) for name, t in made.items() if t}
 
@@ -273,6 +277,22 @@ class _Terms:
             weight=asked.weight,
             heads=heads,
             impl=self.distil.kernels,
+            teacher_layers=self.pairing.teacher_layers(layers),
+        )
+
+    def _local(self, asked: LocalConfig, layers: list[int], name: str) -> Term | None:
+        if not layers:
+            return None
+        student, teacher = self.pairing.student, self.pairing.teacher
+        if student.width != teacher.width or self.pairing.selection(0, HIDDEN) is not None:
+            raise UserError(
+                f"distil.objectives.{name}: the student is {student.width} wide and its teacher "
+                f"{teacher.width}, so that their layers' inputs are not alike; use hidden"
+            )
+        return local_term(
+            layers,
+            weight=asked.weight,
+            inputs=("student", "teacher") if asked.inputs == "both" else (asked.inputs,),
             teacher_layers=self.pairing.teacher_layers(layers),
         )
 

@@ -123,3 +123,44 @@ def test_replay_gives_each_matrix_the_others_input() -> None:
     attention = model.get_submodule(family.layers)[0].self_attn  # type: ignore[index]
     assert torch.equal(shown.matrix[0, "q"], attention.q_proj(x))
     assert torch.equal(shown.matrix[0, "k"], attention.k_proj(2 * x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_run_again_is_by_itself_and_disturbs_nothing(name: str) -> None:
+    model = built(name, CAPTURING_SDPA)
+    family = family_of(model.config)
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    everything = Needs(
+        hidden=frozenset({0, 1}),
+        attention=frozenset({1}),
+        matrix=frozenset({(1, "q"), (1, "down")}),
+        plain=frozenset({(1, "k")}),
+        layer_input=frozenset({1}),
+    )
+    with capture(model, family, everything) as usual:
+        model(ids)
+    other = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2))
+    again = everything | Needs(again=frozenset({(1, "student"), (1, "teacher")}))
+    with capture(model, family, again, {(1, "layer"): other}) as shown:
+        model(ids)
+    assert torch.equal(shown.layer_input[1], usual.layer_input[1])
+    for kind in ("hidden", "matrix", "plain"):
+        first, second = getattr(usual, kind), getattr(shown, kind)
+        assert first.keys() == second.keys() and all(
+            torch.equal(first[k], second[k]) for k in first
+        )
+    assert torch.equal(shown.attention[1].query_BHTD, usual.attention[1].query_BHTD)
+    torch.testing.assert_close(shown.again[1, "student"], shown.hidden[1])
+    assert not torch.allclose(shown.again[1, "teacher"], shown.hidden[1])
+    layers = model.get_submodule(family.layers)
+    (gradient,) = torch.autograd.grad(
+        shown.again[1, "student"].sum(), next(layers[0].parameters()), allow_unused=True
+    )
+    assert gradient is None, "nothing reaches the layer before"
+    replaced = layers[0].register_forward_hook(
+        lambda m, a, o: (other, *o[1:]) if isinstance(o, tuple) else other
+    )
+    with capture(model, family, Needs(hidden=frozenset({1}))) as by_hand:
+        model(ids)
+    replaced.remove()
+    torch.testing.assert_close(shown.again[1, "teacher"], by_hand.hidden[1])

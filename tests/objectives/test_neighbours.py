@@ -10,9 +10,12 @@ from torch import Tensor
 
 from makd_llm.objectives.cosine import cosine_distance
 from makd_llm.objectives.head import Outputs
+from makd_llm.objectives.local import local_distance
 from makd_llm.objectives.ranking import ranking_loss, spearman
 from makd_llm.objectives.relations import relation_divergence
 from makd_llm.objectives.sinkhorn import sinkhorn_cost, transport_cost
+from makd_llm.objectives.terms import local_term
+from makd_llm.shown import Shown
 
 B, T, D, V = 2, 6, 8, 30
 
@@ -180,3 +183,34 @@ def test_bf16_outputs_give_fp32_losses() -> None:
     low = Outputs(*(x.bfloat16() for x in list(vars(made).values())[:4]), made.record_N)
     for loss in (ranking_loss(low), sinkhorn_cost(low)):
         assert loss.dtype == torch.float32 and loss.isfinite().all()
+
+
+def test_local_distance_is_lillamas() -> None:
+    ours, theirs = random(B, T, D, learns=True), random(B, T, D, seed=5, learns=True)
+    cosine = (ours * theirs).sum(-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
+    expected = (ours - theirs).abs().mean(-1) - torch.log(1 / (1 + torch.exp(-cosine)))
+    found = local_distance(ours, theirs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert theirs.grad is None and ours.grad is not None and ours.grad.any()
+    assert torch.autograd.gradcheck(lambda x: local_distance(x, theirs), ours)
+
+
+def test_a_local_term_is_the_mean_over_inputs_and_layers_and_feeds_the_teachers_inputs() -> None:
+    student = Shown(again={(i, s): random(B, T, D, seed=i) for i in (0, 1) for s in ("student",)})
+    student.again |= {(i, "teacher"): random(B, T, D, seed=7 + i) for i in (0, 1)}
+    teacher = Shown(
+        hidden={2: random(B, T, D, seed=20), 5: random(B, T, D, seed=21)},
+        layer_input={2: random(B, T, D, seed=22), 5: random(B, T, D, seed=23)},
+    )
+    term = local_term([0, 1], weight=1.0, teacher_layers=[2, 5])
+    pairs = [((i, s), t) for i, t in ((0, 2), (1, 5)) for s in ("student", "teacher")]
+    expected = sum(local_distance(student.again[a], teacher.hidden[t]) for a, t in pairs) / 4
+    torch.testing.assert_close(term.compare(student, teacher, None), expected)
+    assert term.replay is not None
+    assert term.replay(teacher) == {
+        (0, "layer"): teacher.layer_input[2],
+        (1, "layer"): teacher.layer_input[5],
+    }
+    assert term.needs.again == frozenset(student.again)
+    assert local_term([0], weight=1.0, inputs=["student"]).replay is None

@@ -15,7 +15,7 @@ from makd_llm.testing.training import factorized, gradients, parts, run_loop, si
 pytestmark = pytest.mark.slow
 
 ALL = preset_names()
-NO_GRADIENT = {"minilm": 0.6}
+NO_GRADIENT = {"minilm": 0.6, "lillama": 0.1}
 """The most of a student's tensors that a preset may leave without a gradient; 0 for the others."""
 
 
