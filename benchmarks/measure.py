@@ -251,27 +251,30 @@ def megabytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        peak = _peak(call, device)
+        peak, _ = peaks(call, device)
     return peak, sum(kept.values()) / 2**20
 
 
-def _peak(call: Callable[[], object], device: str) -> float | None:
+def peaks(call: Callable[[], object], device: str) -> tuple[float | None, float | None]:
+    """MB that `call` needed at once: beyond what was held before, and in all. None: unknown."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
+        most = torch.cuda.max_memory_allocated()
+        return (most - held) / 2**20, most / 2**20
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists() or not reset.exists():
         call()
-        return None
+        return None, None
     ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls freed, or it hides this one's
     reset.write_text("5", encoding="ascii")
     before = _status_kilobytes(status, "VmRSS")
     call()
-    return (_status_kilobytes(status, "VmHWM") - before) / 2**10
+    most = _status_kilobytes(status, "VmHWM")
+    return (most - before) / 2**10, most / 2**10
 
 
 def _status_kilobytes(status: Path, key: str) -> int:

@@ -1,19 +1,22 @@
-"""What the aspects cost: a distillation step under each set of objectives, in turn, in one run.
+"""What objectives cost: a distillation step under each set of them, in turn, in one run.
 
     deepspeed --num_accelerators 2 benchmarks/step.py --ds ds_configs/zero3.json --run runs/demo
+    ... --records 4 --length 512 --sets kd makd      (whole rows, of random tokens)
 
 The run folder (of a finished `make demo`, say) gives teacher, student and data. All sets see the
 same batches on the same two engines, one after the other, round after round, every round beginning
 with another set, so that a machine that is now slow and now fast is so for all of them. Nothing is
 learnt: the optimizer's step is left out, and is the same for all. Columns: seconds per micro-batch
-(20, 50 and 80 %), and the ratio to `kd` (cross-entropy and logits) in the same round, its median
-over rounds.
+(20, 50 and 80 %), the ratio to `kd` (cross-entropy and logits) in the same round, its median over
+rounds, and a rank's peak memory in a round of its own: beyond what is held between steps, and in
+all (no gradients or optimizer states are among that, so ratios are larger than in training).
 """
 
 import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +26,11 @@ import typer
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import load_config
-from makd_llm.data.batch import Batch
+from makd_llm.config.presets import preset_names
+from makd_llm.data.batch import Batch, collate
+from makd_llm.data.schema import Example
 from makd_llm.models.families import family_of
+from makd_llm.models.pairing import pair
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer
 from makd_llm.objectives.combine import Objectives
@@ -37,15 +43,13 @@ from makd_llm.train.deepspeed_config import (
 )
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.step import distill_step, finetune_step
-from measure import RESULTS, machine, write
+from measure import RESULTS, machine, peaks, write
 
 SETS: dict[str, list[str]] = {
-    "finetune": ["distil.preset=finetune"],
-    "kd": ["distil.preset=kd"],
+    **{name: [f"distil.preset={name}"] for name in ("kd", *preset_names())},
     "kd + matrix": ["distil.preset=kd", "distil.objectives.matrix.weight=1"],
     "kd + attention": ["distil.preset=kd", "distil.objectives.attention.weight=1"],
     "kd + hidden": ["distil.preset=kd", "distil.objectives.hidden.weight=1"],
-    "makd": ["distil.preset=makd"],
     "makd, both aspects everywhere": [
         "distil.preset=makd",
         "distil.objectives.matrix.layers=all",
@@ -60,6 +64,12 @@ def main(
     run: Annotated[Path, typer.Option(help="A finished run's folder.")],
     rounds: int = 14,
     records: Annotated[int, typer.Option(help="Per rank and micro-batch.")] = 2,
+    length: Annotated[
+        int | None, typer.Option(help="Of rows of random tokens, a quarter of them to be learnt.")
+    ] = None,
+    sets: Annotated[
+        str | None, typer.Option(help="Names, with commas between; kd is one of them in any case.")
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Measures, prints a table, and writes benchmarks/results/step_<device>.csv."""
@@ -90,27 +100,41 @@ def main(
         seed=config.seed,
         pad_id=tokenizer.eos_token_id,
     )
-    sets = {
+    wanted = list(SETS) if sets is None else ["kd", *sets.split(",")]
+    pairing = pair(shape, read_config(run / "teacher"))
+    chosen = {
         name: build_objectives(
-            load_config(None, overrides).distil, family_of(shape), shape.num_hidden_layers
+            load_config(None, SETS[name]).distil, family_of(shape), shape.num_hidden_layers, pairing
         )
-        for name, overrides in SETS.items()
+        for name in dict.fromkeys(wanted)
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sets}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    memory: dict[str, tuple[float | None, float | None]] = {}
     tokens = 0
     for count in range(rounds + 1):
-        batch = loader.next_step()[0].to(distributed.device())
+        batch = random_rows(records, length, shape.vocab_size) if length else loader.next_step()[0]
+        batch = batch.to(distributed.device())
         tokens += int(batch.n_tokens)
-        first = count % len(sets)
-        names = list(sets)
+        first = count % len(chosen)
+        names = list(chosen)
         for name in names[first:] + names[:first]:
-            took = one(student, teacher, sets[name], batch)
-            if count:  # the first round warms up
-                seconds[name].append(took)
-    rows = table(seconds, tokens // (rounds + 1), world)
+            step = partial(one, student, teacher, chosen[name], batch)
+            if count:
+                seconds[name].append(step())
+            else:  # the first round warms up
+                step()
+                memory[name] = peaks(step, _kind())
+    rows = table(seconds, memory, tokens // (rounds + 1), world)
     if distributed.is_main():
         publish(rows)
     distributed.shutdown()
+
+
+def random_rows(records: int, length: int, vocabulary: int) -> Batch:
+    """Rows of one length, of which the last quarter is to be learnt."""
+    ids = torch.randint(3, vocabulary, (records, length)).tolist()
+    examples = [Example(str(i), row, length - length // 4) for i, row in enumerate(ids)]
+    return collate(examples, pad_id=0)
 
 
 def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch) -> float:
@@ -130,7 +154,12 @@ def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch)
     return took
 
 
-def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict[str, Any]]:
+def table(
+    seconds: dict[str, list[float]],
+    memory: dict[str, tuple[float | None, float | None]],
+    tokens: int,
+    world: int,
+) -> list[dict[str, Any]]:
     """One row per set of objectives."""
     device = machine(_kind())
     rows = []
@@ -144,6 +173,9 @@ def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict
                 "seconds_50": f"{middle:.3f}",
                 "seconds_80": f"{high:.3f}",
                 "ratio_to_kd": f"{statistics.median(ratios):.2f}",
+                "peak_MB": _shown(memory[name][0]),
+                "in_all_MB": _shown(memory[name][1]),
+                "memory_to_kd": _ratio(memory[name][1], memory["kd"][1]),
                 "tokens_per_rank": tokens,
                 "ranks": world,
                 "rounds": len(values),
@@ -155,6 +187,14 @@ def table(seconds: dict[str, list[float]], tokens: int, world: int) -> list[dict
     return rows
 
 
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _ratio(value: float | None, to: float | None) -> str:
+    return "" if value is None or to is None else f"{value / to:.2f}"
+
+
 def _kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -164,7 +204,10 @@ def publish(rows: list[dict[str, Any]]) -> None:
     path = RESULTS / f"step_{_kind()}.csv"
     write(rows, path)
     for row in rows:
-        print(f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd")
+        print(
+            f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd  "
+            f"{row['peak_MB']:>6} MB, in all {row['in_all_MB']:>6} MB  {row['memory_to_kd']:>5} x kd"
+        )
     print(f"written {path}", file=sys.stderr)
 
 
