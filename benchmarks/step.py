@@ -206,7 +206,7 @@ def publish(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(
             f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd  "
-            f"{row['peak_MB']:>6} MB, in all {row['in_all_MB']:>6} MB  {row['memory_to_kd']:>5} x kd"
+            f"{row['peak_MB']:>6} MB of {row['in_all_MB']:>6} MB  {row['memory_to_kd']:>5} x kd"
         )
     print(f"written {path}", file=sys.stderr)
 
