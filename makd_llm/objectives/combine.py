@@ -7,8 +7,9 @@ and layer levels count all real tokens.
 """
 # B batch, T tokens, N summary tokens, V vocabulary, D and E widths
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from makd_kernels.linear_divergence import linear_cross_entropy_divergence_loss
 from makd_llm.data.batch import Batch
 from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Outputs
-from makd_llm.objectives.terms import Term
+from makd_llm.objectives.terms import Place, Term
 from makd_llm.shown import Needs, Shown
 
 LEVELS = ("matrix", "layer", "model")
@@ -94,11 +95,6 @@ class Objectives:
         return {name: term for name, term in self.terms.items() if self.scale_of(name) > 0}
 
     @property
-    def replays_teacher_input(self) -> bool:
-        """Whether factor pairs are to be fed the teacher's inputs."""
-        return any(term.replay for term in self.active.values())
-
-    @property
     def needs_of_student(self) -> Needs:
         """What the student's forward has to show."""
         needs = Needs()
@@ -108,14 +104,14 @@ class Objectives:
 
     @property
     def needs_of_teacher(self) -> Needs:
-        """The same of the teacher's layers, with its matrices' inputs where those are replayed."""
+        """The same of the teacher's layers, with the inputs that are replayed."""
         needs = Needs()
         for term in self.active.values():
             needs |= term.needs_of_teacher
-        return replace(needs, matrix_input=self.replays_teacher_input)
+        return needs
 
     def replayed(self, teacher: Shown) -> dict[tuple[int, str], Tensor] | None:
-        """The inputs of the teacher for the student's matrices; None: they keep their own."""
+        """The teacher's inputs that parts of the student are fed; None: all keep their own."""
         replays = [term.replay(teacher) for term in self.active.values() if term.replay]
         return {key: x for inputs in replays for key, x in inputs.items()} if replays else None
 
@@ -194,15 +190,25 @@ class Objectives:
         denominators: Mapping[str, float],
     ) -> Losses:
         """at_output: what the head returned. Returns the loss whose gradient is to be taken, and
-        the plain sums.
+        the plain sums. What was shown is let go of as soon as nothing more is compared with it, so
+        that states and what their comparison keeps for the backward do not pile up together.
         """
         at_head, sums = at_output[0], dict(at_output[1])
         parts: list[Tensor] = []
         mask_BT = batch.token_mask_BT
-        for name, term in self.active.items():
-            sums[name] = torch.where(
-                mask_BT, term.compare(student, teacher, batch.key_mask_BT), 0.0
-            ).sum()
+        active = self.active
+        pairs = [pair for term in active.values() for pair in term.pairs]
+        left = Counter(ours for ours, _ in pairs), Counter(theirs for _, theirs in pairs)
+
+        def compared(*places: Place) -> None:
+            for shown, place, uses in zip((student, teacher), places, left, strict=True):
+                uses[place] -= 1
+                if not uses[place]:
+                    place.clear(shown)
+
+        for name, term in active.items():
+            values_BT = term.compare(student, teacher, batch.key_mask_BT, compared)
+            sums[name] = torch.where(mask_BT, values_BT, 0.0).sum()
             parts.append(sums[name] * (self.scale_of(name) / denominators["tokens"]))
         if student.idle is not None:
             parts.append(student.idle)

@@ -1,8 +1,8 @@
 """The objectives below the output: each compares two `Shown` and returns one value per token.
 
-A term declares what it needs; capture collects that and nothing else. Sums over layers and matrices
-are divided by their number (ours), so that a weight means the same at every depth; nothing is
-divided by tokens here.
+A term lists what it compares with what, pair by pair; capture collects that and nothing else, and
+whatever no pair needs any more can be let go. Sums over pairs are divided by their number (ours),
+so that a weight means the same at every depth; nothing is divided by tokens here.
 
 Layers are the student's. Where its depth is not the teacher's, `teacher_layers` names the teacher's
 layer for each of them; where it has only some of the teacher's features, or has them permuted, a
@@ -12,7 +12,8 @@ layer for each of them; where it has only some of the teacher's features, or has
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,19 +31,62 @@ Key = tuple[int, str]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a `Shown` something is: `kind` is one of its dictionaries, `key` a key of it."""
+
+    kind: str
+    key: Any
+
+    def of(self, shown: Shown) -> Any:
+        """What is there."""
+        return getattr(shown, self.kind)[self.key]
+
+    def clear(self, shown: Shown) -> None:
+        """Lets go of it."""
+        del getattr(shown, self.kind)[self.key]
+
+
+@dataclass(frozen=True)
 class Term:
-    """One objective: its level, its weight, what it needs of student and teacher, and how it
-    compares (student, teacher, mask_BT). replay: the inputs of the teacher that the student's
-    matrices are fed, where they are.
+    """One objective: its level, its weight, which places of the student are compared with which of
+    the teacher, and how: distance(student's, teacher's, mask_BT, place of the student) -> (B, T).
+    replay: the teacher's inputs that parts of the student are fed, by the place where the teacher
+    shows them, where they are fed at all.
     """
 
     level: str
     weight: float
-    needs: Needs
-    needs_of_teacher: Needs
-    compare: Callable[[Shown, Shown, Tensor | None], Tensor]
+    pairs: tuple[tuple[Place, Place], ...]
+    distance: Callable[[Any, Any, Tensor | None, Place], Tensor]
     replay: Callable[[Shown], dict[Key, Tensor]] | None = None
+    replayed: Needs = Needs()  # noqa: RUF009 (frozen, and empty)
     timing: Timing = ALWAYS
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs of the student."""
+        return _needs(ours for ours, _ in self.pairs)
+
+    @property
+    def needs_of_teacher(self) -> Needs:
+        """What it needs of the teacher; what is replayed among it."""
+        return _needs(theirs for _, theirs in self.pairs) | self.replayed
+
+    def compare(
+        self,
+        student: Shown,
+        teacher: Shown,
+        mask_BT: Tensor | None,
+        compared: Callable[[Place, Place], None] = lambda ours, theirs: None,
+    ) -> Tensor:
+        """The mean over all pairs, per token. compared: called after each pair."""
+        total_BT: Tensor | None = None
+        for ours, theirs in self.pairs:
+            value_BT = self.distance(ours.of(student), theirs.of(teacher), mask_BT, ours)
+            total_BT = value_BT if total_BT is None else total_BT + value_BT
+            compared(ours, theirs)
+        assert total_BT is not None
+        return total_BT / len(self.pairs)
 
 
 def matrix_term(
@@ -63,30 +107,25 @@ def matrix_term(
     carried in), rather than the student's own stream. outputs, inputs: what is picked of the
     teacher's, where that is not everything. Source: MaKD, reconstruction (methods.md section 1).
     """
-    mapped = _mapped(layers, teacher_layers)
-    pairs = [((ours, role), (theirs, role)) for ours, theirs in mapped for role in roles]
+    keys = [
+        ((ours, role), (theirs, role))
+        for ours, theirs in _mapped(layers, teacher_layers)
+        for role in roles
+    ]
 
-    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        errors = [
-            squared_error(
-                student.matrix[ours],
-                _picked(outputs, ours, teacher.matrix[theirs]),
-                normalize=normalize,
-            )
-            for ours, theirs in pairs
-        ]
-        return _mean(errors)
+    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
+        return squared_error(student, _picked(outputs, place.key, teacher), normalize=normalize)
 
     def replay(teacher: Shown) -> dict[Key, Tensor]:
-        return {ours: _picked(inputs, ours, teacher.matrix_input[theirs]) for ours, theirs in pairs}
+        return {ours: _picked(inputs, ours, teacher.matrix_input[theirs]) for ours, theirs in keys}
 
     return Term(
         "matrix",
         weight,
-        Needs(matrix=frozenset(ours for ours, _ in pairs)),
-        Needs(matrix=frozenset(theirs for _, theirs in pairs)),
-        compare,
+        tuple((Place("matrix", ours), Place("matrix", theirs)) for ours, theirs in keys),
+        distance,
         replay if teacher_input else None,
+        Needs(matrix_input=teacher_input),
     )
 
 
@@ -103,28 +142,12 @@ def hidden_term(
     mean over the given layers. channels: what is picked of the teacher's, where that is not
     everything. Source: MaKD, reconstruction; the cosine is DistilBERT's.
     """
-    mapped = _mapped(layers, teacher_layers)
+    measure = cosine_distance if metric == "cosine" else partial(squared_error, normalize=normalize)
 
-    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        errors = []
-        for ours, theirs in mapped:
-            teacher_BTD = teacher.hidden[theirs]
-            if channels is not None:
-                teacher_BTD = channels(teacher_BTD)
-            student_BTD = student.hidden[ours]
-            if metric == "cosine":
-                errors.append(cosine_distance(student_BTD, teacher_BTD))
-            else:
-                errors.append(squared_error(student_BTD, teacher_BTD, normalize=normalize))
-        return _mean(errors)
+    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
+        return measure(student, teacher if channels is None else channels(teacher))
 
-    return Term(
-        "layer",
-        weight,
-        Needs(hidden=frozenset(ours for ours, _ in mapped)),
-        Needs(hidden=frozenset(theirs for _, theirs in mapped)),
-        compare,
-    )
+    return Term("layer", weight, _same("hidden", layers, teacher_layers), distance)
 
 
 def attention_term(
@@ -141,31 +164,19 @@ def attention_term(
     by layer, the teacher's query head for each of the student's, where that is not the same.
     Source: MaKD, reconstruction.
     """
-    mapped = _mapped(layers, teacher_layers)
 
-    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        return _mean(
-            [
-                attention_divergence(
-                    student.attention[ours],
-                    teacher.attention[theirs],
-                    mask_BT,
-                    heads=(heads or {}).get(ours),
-                    divergence=divergence,
-                    beta=beta,
-                    impl=impl,
-                )
-                for ours, theirs in mapped
-            ]
+    def distance(student: Any, teacher: Any, mask_BT: Tensor | None, place: Place) -> Tensor:
+        return attention_divergence(
+            student,
+            teacher,
+            mask_BT,
+            heads=(heads or {}).get(place.key),
+            divergence=divergence,
+            beta=beta,
+            impl=impl,
         )
 
-    return Term(
-        "layer",
-        weight,
-        Needs(attention=frozenset(ours for ours, _ in mapped)),
-        Needs(attention=frozenset(theirs for _, theirs in mapped)),
-        compare,
-    )
+    return Term("layer", weight, _same("attention", layers, teacher_layers), distance)
 
 
 def relations_term(
@@ -180,26 +191,16 @@ def relations_term(
     """Divergence of the relations among queries, keys or values, before rotary embedding, mean over
     relation heads, roles (of q k v) and layers. Source: MiniLM v2.
     """
-    mapped = _mapped(layers, teacher_layers)
-    pairs = [((ours, role), (theirs, role)) for ours, theirs in mapped for role in roles]
+    pairs = [
+        (Place("plain", (ours, role)), Place("plain", (theirs, role)))
+        for ours, theirs in _mapped(layers, teacher_layers)
+        for role in roles
+    ]
 
-    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        return _mean(
-            [
-                relation_divergence(
-                    student.plain[ours], teacher.plain[theirs], mask_BT, heads=heads, impl=impl
-                )
-                for ours, theirs in pairs
-            ]
-        )
+    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
+        return relation_divergence(student, teacher, mask_BT, heads=heads, impl=impl)
 
-    return Term(
-        "layer",
-        weight,
-        Needs(plain=frozenset(ours for ours, _ in pairs)),
-        Needs(plain=frozenset(theirs for _, theirs in pairs)),
-        compare,
-    )
+    return Term("layer", weight, tuple(pairs), distance)
 
 
 def local_term(
@@ -214,30 +215,30 @@ def local_term(
     the teacher's output of that layer. No gradient reaches the layers before. Source: Lillama.
     """
     mapped = _mapped(layers, teacher_layers)
-    again = [(ours, source) for ours, _ in mapped for source in inputs]
-    from_teacher = "teacher" in inputs
+    pairs = [
+        (Place("again", (ours, source)), Place("hidden", theirs))
+        for ours, theirs in mapped
+        for source in inputs
+    ]
 
-    def compare(student: Shown, teacher: Shown, mask_BT: Tensor | None) -> Tensor:
-        return _mean(
-            [
-                local_distance(student.again[ours, source], teacher.hidden[theirs])
-                for ours, theirs in mapped
-                for source in inputs
-            ]
-        )
+    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
+        return local_distance(student, teacher)
 
     def replay(teacher: Shown) -> dict[Key, Tensor]:
         return {(ours, LAYER): teacher.layer_input[theirs] for ours, theirs in mapped}
 
-    theirs = frozenset(theirs for _, theirs in mapped)
+    fed = frozenset(theirs for _, theirs in mapped) if "teacher" in inputs else frozenset()
     return Term(
-        "layer",
-        weight,
-        Needs(again=frozenset(again)),
-        Needs(hidden=theirs, layer_input=theirs if from_teacher else frozenset()),
-        compare,
-        replay if from_teacher else None,
+        "layer", weight, tuple(pairs), distance, replay if fed else None, Needs(layer_input=fed)
     )
+
+
+def _needs(places: Any) -> Needs:
+    by_kind: dict[str, set[Any]] = {}
+    for place in places:
+        by_kind.setdefault(place.kind, set()).add(place.key)
+    found: dict[str, Any] = {kind: frozenset(keys) for kind, keys in by_kind.items()}
+    return Needs(**found)
 
 
 def _mapped(layers: Sequence[int], teacher_layers: Sequence[int] | None) -> list[tuple[int, int]]:
@@ -245,13 +246,14 @@ def _mapped(layers: Sequence[int], teacher_layers: Sequence[int] | None) -> list
     return list(zip(layers, layers if teacher_layers is None else teacher_layers, strict=True))
 
 
+def _same(
+    kind: str, layers: Sequence[int], teacher_layers: Sequence[int] | None
+) -> tuple[tuple[Place, Place], ...]:
+    """Pairs of one kind, layer by layer."""
+    mapped = _mapped(layers, teacher_layers)
+    return tuple((Place(kind, ours), Place(kind, theirs)) for ours, theirs in mapped)
+
+
 def _picked(selections: Mapping[Key, Selection] | None, key: Key, x_BTM: Tensor) -> Tensor:
     selection = None if selections is None else selections.get(key)
     return x_BTM if selection is None else selection(x_BTM)
-
-
-def _mean(values_BT: list[Tensor]) -> Tensor:
-    total_BT = values_BT[0]
-    for value_BT in values_BT[1:]:
-        total_BT = total_BT + value_BT
-    return total_BT / len(values_BT)

@@ -82,9 +82,13 @@ def test_sum_equals_the_formulas_written_out(batch: Batch) -> None:
     hidden_BTD, weight_VD = torch.randn(B, T, D).double(), torch.randn(V, D).double()
     theirs_BTD, theirs_VD = torch.randn(B, T, D).double(), torch.randn(V, D).double()
     at_head = objectives.at_head(batch, counts, theirs_BTD, theirs_VD)(hidden_BTD, weight_VD)
-    losses = objectives(at_head, student, teacher, batch, counts)
-
     wanted = written_out(batch, student, teacher)
+    matrices = list(student.matrix.values())
+    points = [*student.hidden.values(), *matrices, student.attention[1].query_BHTD]
+    losses = objectives(at_head, student, teacher, batch, counts)
+    for side in (student, teacher):
+        assert not (side.hidden or side.attention or side.matrix), "let go of, once compared"
+
     learnt = batch.target_mask_BT
     log_q = F.log_softmax((hidden_BTD @ weight_VD.T)[learnt], -1)
     log_p = F.log_softmax((theirs_BTD @ theirs_VD.T)[learnt], -1)
@@ -101,10 +105,9 @@ def test_sum_equals_the_formulas_written_out(batch: Batch) -> None:
     torch.testing.assert_close(losses.total.double(), total, rtol=1e-5, atol=0)
 
     losses.total.backward()
-    points = [*student.hidden.values(), *student.matrix.values(), student.attention[1].query_BHTD]
     assert all(point.grad is not None and point.grad.any() for point in points)
     padding = ~batch.token_mask_BT
-    assert all((point.grad[padding] == 0).all() for point in student.matrix.values())  # type: ignore[index]
+    assert all((point.grad[padding] == 0).all() for point in matrices)  # type: ignore[index]
 
 
 def test_a_level_that_is_off_asks_for_nothing_and_counts_nothing(batch: Batch) -> None:
@@ -134,7 +137,7 @@ def test_presets_without_a_teacher_say_so() -> None:
     assert all_terms().needs_teacher
     replaying = matrix_term([0], ["q"], weight=1.0, teacher_input=True)
     objectives = Objectives({"matrix": replaying}, {"logits": Divergence(1.0)})
-    assert objectives.replays_teacher_input and objectives.needs_of_teacher.matrix_input
+    assert objectives.needs_of_teacher.matrix_input
     assert not objectives.needs_of_student.matrix_input
 
 
