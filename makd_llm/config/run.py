@@ -103,7 +103,8 @@ class RefineConfig(Section):
     """Training of each layer by itself after its truncation, on the calibration text."""
 
     epochs: Positive = 2
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    """Of the factors in units of their own typical size."""
     loss: Literal["least_squares", "lillama"] = "least_squares"
     inputs: Literal["student", "teacher", "both"] = "student"
 

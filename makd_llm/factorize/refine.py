@@ -45,12 +45,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Refinement:
-    """epochs: over the calibration batches, per layer. inputs: `student` (what the layers before
-    it really feed it), `teacher`, or `both`, as Lillama does.
+    """epochs: over the calibration batches, per layer. learning_rate: of the factors in units of
+    their own typical size. inputs: `student` (what the layers before it really feed it), `teacher`,
+    or `both`, as Lillama does.
     """
 
     epochs: int = 2
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-3
     loss: str = "least_squares"
     inputs: str = "student"
 
@@ -84,9 +85,12 @@ def refine_block(
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(start[name])
+    sizes = [typical_size(parameter.detach()) for parameter in learning]
+    # What Adam sees: factors in units of their own size.
+    relative = [p.detach() / size for p, size in zip(learning, sizes, strict=True)]
     for parameter in learning:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(learning, lr=refinement.learning_rate)
+    optimizer = torch.optim.Adam(relative, lr=refinement.learning_rate)
     steps = refinement.epochs * len(walk.batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -94,25 +98,30 @@ def refine_block(
     used = ("student", "teacher") if refinement.inputs == "both" else (refinement.inputs,)
     losses = []
     half = walk.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(walk.device.type, walk.dtype, enabled=half):
-        for step in range(steps):
-            number = step % len(walk.batches)
-            batch = walk.batches[number]
-            target_ND = _rows(targets[number], batch).to(walk.device).float()
-            loss = torch.zeros((), device=walk.device)
+    for step in range(steps):
+        number = step % len(walk.batches)
+        batch = walk.batches[number]
+        target_ND = _rows(targets[number], batch).to(walk.device).float()
+        loss = torch.zeros((), device=walk.device)
+        # Anew for every step: autocast keeps what it made of the factors until it ends.
+        with torch.autocast(walk.device.type, walk.dtype, enabled=half):
             for name in used:
                 output_BTD = walk.step(index, layer, batch, streams[name][number].float())
                 loss = loss + LOSSES[refinement.loss](_rows(output_BTD, batch).float(), target_ND)
-            optimizer.zero_grad()
-            if loss.requires_grad:  # else no token came to an expert that learns
-                (loss / len(used)).backward()
-            for parameter in learning:
-                # Which experts this rank's tokens reach, other ranks cannot know.
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = distributed.sum_over_ranks(own) / distributed.world_size()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()) / len(used))
+        for parameter in learning:
+            parameter.grad = None
+        if loss.requires_grad:  # else no token came to an expert that learns
+            (loss / len(used)).backward()
+        for parameter, size, asked in zip(learning, sizes, relative, strict=True):
+            # Which experts this rank's tokens reach, other ranks cannot know.
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            asked.grad = distributed.sum_over_ranks(own * size) / distributed.world_size()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, size, asked in zip(learning, sizes, relative, strict=True):
+                parameter.copy_(asked * size)
+        schedule.step()
+        losses.append(float(loss.detach()) / len(used))
     layer.requires_grad_(False)
     if not _is_better(losses, len(walk.batches), index):
         with torch.no_grad():
@@ -121,6 +130,20 @@ def refine_block(
     refined = {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
     layer.to(kept_dtype)
     return refined, losses
+
+
+def typical_size(factor_RK: Tensor) -> Tensor:
+    """Of each entry of a factor, from its row's and its column's root mean squares: their product
+    over that of all. (R, K), never 0.
+
+    An input with huge values has a small column, a component of little weight a small row; steps of
+    one size for all entries would change both beyond measure. Source: ours, with Adafactor's way of
+    estimating squares.
+    """
+    square_RK = factor_RK.square()
+    whole = square_RK.mean().clamp_min(1e-30)
+    size_RK = (square_RK.mean(1, keepdim=True) * square_RK.mean(0, keepdim=True) / whole).sqrt()
+    return size_RK.clamp_min(1e-6 * whole.sqrt())
 
 
 def _is_better(losses: list[float], count: int, index: int) -> bool:

@@ -17,7 +17,7 @@ from makd_llm.data.batch import Batch, batches_of
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.factorize import decompose, student
-from makd_llm.factorize.refine import Refinement, least_squares
+from makd_llm.factorize.refine import Refinement, least_squares, typical_size
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, factorize
 from makd_llm.models.families import FAMILIES, family_of, matrices_of
@@ -202,6 +202,45 @@ def test_perplexity_is_that_of_the_whole_model(tmp_path: Path) -> None:
         nats += 23 * float(model(ids, labels=ids).loss.detach())
     found = perplexity(teacher, batches_of(examples, 2, 0), dtype=torch.float32)
     assert found == pytest.approx(torch.tensor(nats / (3 * 23)).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["whitened", "fisher"])
+def test_refinement_in_bfloat16_learns_on_every_step(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """autocast keeps its copies of the weights for as long as it lasts."""
+    from makd_llm.factorize import student_stream
+
+    teacher = saved_teacher("llama", tmp_path / "teacher")
+    seen: list[list[float]] = []
+    real = student_stream.refine_block
+
+    def watched(*args: Any) -> tuple[dict[str, Tensor], list[float]]:
+        factors, losses = real(*args)
+        seen.append(losses)
+        return factors, losses
+
+    monkeypatch.setattr(student_stream, "refine_block", watched)
+    factorize(
+        teacher,
+        tmp_path / "student",
+        Recipe(0.5, rank_multiple=2, method=method, refine=Refinement(15, learning_rate=1e-2)),
+        calibration_batches(),
+        tokenizer=None,
+        dtype=torch.bfloat16,
+    )
+    for losses in seen:
+        assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_steps_are_in_units_of_each_entrys_typical_size(scale: float) -> None:
+    factor = torch.randn(6, 9) * torch.logspace(-3, 3, 9) * torch.logspace(0, 2, 6)[:, None]
+    size = typical_size(factor * scale)
+    assert ((factor * scale / size).square().mean().sqrt() - 1).abs() < 0.3
+    columns = (factor * scale / size).square().mean(0).sqrt()
+    assert columns.min() > 0.3 and columns.max() < 3.0
+    assert (typical_size(torch.zeros(2, 3)) > 0).all()
 
 
 def test_refinement_that_makes_it_worse_is_taken_back(tmp_path: Path) -> None:
