@@ -72,7 +72,8 @@ def refine_block(
     layer's dtype, by name. streams: `student` and `teacher`, what either reads.
     targets: what the teacher's layer made of the teacher's stream. Each rank has batches of its
     own, the same number of them; gradients are averaged. Where the last pass over the batches is no
-    better than the first, the layer keeps the factors that it came with. Collective.
+    better than the first, or than the start, the layer keeps the factors that it came with.
+    Collective.
 
     Raises UserError where a loss is not finite.
     """
@@ -147,17 +148,19 @@ def typical_size(factor_RK: Tensor) -> Tensor:
 
 
 def _is_better(losses: list[float], count: int, index: int) -> bool:
-    """Whether the last pass over so many batches lost less than the first, over all ranks; of one
-    pass nothing can be said.
+    """Whether the last pass over so many batches lost less than the first, and less than what the
+    layer came with on the batch that was first of all; over all ranks. Of one pass nothing can be
+    said.
     """
-    ends = torch.tensor([sum(losses[:count]), sum(losses[-count:])], dtype=torch.float64)
-    first, last = distributed.sum_over_ranks(ends).tolist()
+    passes = sum(losses[:count]), sum(losses[-count:])
+    ends = torch.tensor([*passes, losses[0], losses[-count]], dtype=torch.float64)
+    first, last, start, end = distributed.sum_over_ranks(ends).tolist()
     if not math.isfinite(first + last):
         raise UserError(
             f"student.refine: the loss of layer {index} is not finite; lower its learning_rate "
             f"({count} batches a pass), or leave refine out"
         )
-    return len(losses) == count or last < first
+    return len(losses) == count or (last < first and end < start)
 
 
 def _rows(x_BTD: Tensor, batch: Batch) -> Tensor:

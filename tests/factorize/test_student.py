@@ -185,7 +185,7 @@ def test_refinement_lowers_its_loss(loss: str, inputs: str, tmp_path: Path) -> N
         cut(
             teacher,
             tmp_path / "student",
-            refine=Refinement(epochs=15, learning_rate=3e-3, loss=loss, inputs=inputs),
+            refine=Refinement(epochs=15, learning_rate=2e-2, loss=loss, inputs=inputs),
         )
     assert len(seen) == 2
     for losses in seen:  # three batches an epoch
@@ -235,11 +235,9 @@ def test_refinement_in_bfloat16_learns_on_every_step(
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_steps_are_in_units_of_each_entrys_typical_size(scale: float) -> None:
-    factor = torch.randn(6, 9) * torch.logspace(-3, 3, 9) * torch.logspace(0, 2, 6)[:, None]
-    size = typical_size(factor * scale)
-    assert ((factor * scale / size).square().mean().sqrt() - 1).abs() < 0.3
-    columns = (factor * scale / size).square().mean(0).sqrt()
-    assert columns.min() > 0.3 and columns.max() < 3.0
+    signs = torch.randn(6, 9).sign()
+    factor = signs * torch.logspace(-2, 2, 9) * torch.logspace(0, 2, 6)[:, None] * scale
+    torch.testing.assert_close(factor / typical_size(factor), signs)
     assert (typical_size(torch.zeros(2, 3)) > 0).all()
 
 
