@@ -1,9 +1,10 @@
 """Layer level: Lillama's distance, for layers that are trained by themselves."""
 # B batch, T tokens, D width
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from makd_llm.objectives.cosine import cosine_distance
 
 
 def local_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
@@ -11,12 +12,6 @@ def local_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
 
     Source: Lillama. The teacher receives no gradient. Raises ValueError where shapes differ.
     """
-    if student_BTD.shape != teacher_BTD.shape:
-        raise ValueError(
-            f"student {tuple(student_BTD.shape)} and teacher {tuple(teacher_BTD.shape)} "
-            "differ in shape"
-        )
-    exact = torch.promote_types(student_BTD.dtype, torch.float32)
-    ours, theirs = student_BTD.to(exact), teacher_BTD.detach().to(exact)
-    cosine_BT = F.cosine_similarity(ours, theirs, dim=-1, eps=1e-12)
-    return (ours - theirs).abs().mean(-1) - F.logsigmoid(cosine_BT)
+    cosine_BT = 1.0 - cosine_distance(student_BTD, teacher_BTD)
+    difference_BTD = student_BTD.to(cosine_BT.dtype) - teacher_BTD.detach().to(cosine_BT.dtype)
+    return difference_BTD.abs().mean(-1) - F.logsigmoid(cosine_BT)

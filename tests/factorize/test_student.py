@@ -166,13 +166,12 @@ def test_what_is_known_of_the_stream_helps(tmp_path: Path) -> None:
     assert drift["refined"] < drift["whitened"]
 
 
-@pytest.mark.parametrize("loss", ["least_squares", "lillama"])
-@pytest.mark.parametrize("inputs", ["student", "teacher", "both"])
-def test_refinement_lowers_its_loss(loss: str, inputs: str, tmp_path: Path) -> None:
-    teacher = saved_teacher("llama", tmp_path / "teacher")
-    seen: list[list[float]] = []
+@pytest.fixture
+def refined(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """The losses of every layer that is refined, as they come."""
     from makd_llm.factorize import student_stream
 
+    seen: list[list[float]] = []
     real = student_stream.refine_block
 
     def watched(*args: Any) -> tuple[dict[str, Tensor], list[float]]:
@@ -180,15 +179,23 @@ def test_refinement_lowers_its_loss(loss: str, inputs: str, tmp_path: Path) -> N
         seen.append(losses)
         return factors, losses
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_stream, "refine_block", watched)
-        cut(
-            teacher,
-            tmp_path / "student",
-            refine=Refinement(epochs=15, learning_rate=2e-2, loss=loss, inputs=inputs),
-        )
-    assert len(seen) == 2
-    for losses in seen:  # three batches an epoch
+    monkeypatch.setattr(student_stream, "refine_block", watched)
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["least_squares", "lillama"])
+@pytest.mark.parametrize("inputs", ["student", "teacher", "both"])
+def test_refinement_lowers_its_loss(
+    loss: str, inputs: str, refined: list[list[float]], tmp_path: Path
+) -> None:
+    teacher = saved_teacher("llama", tmp_path / "teacher")
+    cut(
+        teacher,
+        tmp_path / "student",
+        refine=Refinement(epochs=15, learning_rate=2e-2, loss=loss, inputs=inputs),
+    )
+    assert len(refined) == 2
+    for losses in refined:  # three batches an epoch
         assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
@@ -206,21 +213,10 @@ def test_perplexity_is_that_of_the_whole_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["whitened", "fisher"])
 def test_refinement_in_bfloat16_learns_on_every_step(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, refined: list[list[float]], tmp_path: Path
 ) -> None:
     """autocast keeps its copies of the weights for as long as it lasts."""
-    from makd_llm.factorize import student_stream
-
     teacher = saved_teacher("llama", tmp_path / "teacher")
-    seen: list[list[float]] = []
-    real = student_stream.refine_block
-
-    def watched(*args: Any) -> tuple[dict[str, Tensor], list[float]]:
-        factors, losses = real(*args)
-        seen.append(losses)
-        return factors, losses
-
-    monkeypatch.setattr(student_stream, "refine_block", watched)
     factorize(
         teacher,
         tmp_path / "student",
@@ -229,7 +225,8 @@ def test_refinement_in_bfloat16_learns_on_every_step(
         tokenizer=None,
         dtype=torch.bfloat16,
     )
-    for losses in seen:
+    assert len(refined) == 2
+    for losses in refined:
         assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
