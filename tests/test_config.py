@@ -158,6 +158,20 @@ def test_a_preset_on_the_command_line_sets_the_weights_that_a_file_gives(tmp_pat
     }
 
 
+@pytest.mark.parametrize(
+    "objectives", ["{matrix: 1}", "[{weight: 1}]", "[3]", "{matrx: {weight: 1}}"]
+)
+def test_wrong_objectives_of_a_file_are_one_line_under_another_preset_too(
+    objectives: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"distil: {{preset: makd, objectives: {objectives}}}\n")
+    for overrides in ([], ["distil.preset=kd"]):
+        with pytest.raises(UserError, match="run.yaml") as caught:
+            load_config(path, overrides)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_a_files_preset_brought_along_goes_with_it(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(load_config(None, ["distil.preset=tinybert", "seed=3"])))

@@ -164,6 +164,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "student").exists()
 
 
+def refused(capsys: pytest.CaptureFixture[str], tiny: Path, out: Path, *more: str) -> str:
+    """What a call says that ends with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(tiny, out, *more)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
 def test_a_disk_that_fills_leaves_no_student(
     tiny: Path,
     text: Path,
@@ -177,10 +186,8 @@ def test_a_disk_that_fills_leaves_no_student(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder, "save_file", full)
-    with pytest.raises(SystemExit) as ended:
-        call(tiny, tmp_path / "student", "--data", str(text))
-    assert ended.value.code == 2
-    assert "No space left on device" in capsys.readouterr().err
+    said = refused(capsys, tiny, tmp_path / "student", "--data", str(text))
+    assert "No space left on device" in said
     assert not (tmp_path / "student").exists()
     monkeypatch.undo()
     call(tiny, tmp_path / "student", "--data", str(text))
@@ -227,9 +234,7 @@ def test_a_call_that_ended_before_its_report_goes_on_there(
         return whole(path, *given, **more)
 
     monkeypatch.setattr(files.Path, "write_text", full)
-    with pytest.raises(SystemExit) as ended:
-        call(tiny, tmp_path / "student", "--data", str(text))
-    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert "No space left" in refused(capsys, tiny, tmp_path / "student", "--data", str(text))
     monkeypatch.undo()
     assert not list((tmp_path / "student").glob("*factorization.json*"))
     assert not list((tmp_path / "student").glob(".writing*"))
@@ -252,9 +257,7 @@ def test_a_tokenizer_that_finds_the_disk_full_is_one_line(
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-    with pytest.raises(SystemExit) as ended:
-        call(tiny, tmp_path / "student", "--data", str(text))
-    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert "No space left" in refused(capsys, tiny, tmp_path / "student", "--data", str(text))
     assert not (tmp_path / "student").exists()
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from makd_llm.config.objectives import OBJECTIVES, by_name
+from makd_llm.config.objectives import OBJECTIVES, by_name, with_kinds
 from makd_llm.config.presets import merged, preset
 from makd_llm.config.run import DEFAULT_PRESET, RunConfig
 from makd_llm.config.section import Section
@@ -77,10 +77,13 @@ def _under(asked: str, distil: Any) -> dict[str, Any]:
     """A file's block `distil` under a preset that the command line names: what the file's own
     preset brought along goes, and its objectives are those of the new one.
     """
-    above, own = preset(asked), preset(distil.get("preset", DEFAULT_PRESET))
+    above, before = preset(asked), distil.get("preset", DEFAULT_PRESET)
+    own = preset(before) if isinstance(before, str) else {}
     kept = {key: value for key, value in distil.items() if key not in own or key in above}
-    objectives = by_name(distil.get("objectives") or {})
-    kept["objectives"] = {name: {**value, "weight": 0.0} for name, value in objectives.items()}
+    objectives = with_kinds(by_name(distil.get("objectives") or {}))
+    if isinstance(objectives, Mapping):  # else the check of the whole says what is wrong
+        off = {name: {**value, "weight": 0.0} for name, value in objectives.items()}
+        kept["objectives"] = off
     return merged(kept, above)
 
 
