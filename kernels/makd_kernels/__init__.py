@@ -6,7 +6,7 @@ torch is imported. `impl="auto"` picks an implementation; `choose_impl` of eithe
 (`from makd_kernels.attention_kl import choose_impl`).
 """
 
-from makd_kernels.attention_kl import attention_kl
+from makd_kernels.attention_kl import attention_kl, attention_kl_loss
 from makd_kernels.linear_divergence import (
     linear_cross_entropy_divergence,
     linear_cross_entropy_divergence_loss,
@@ -17,6 +17,7 @@ from makd_kernels.lowrank_swiglu import lowrank_swiglu
 
 __all__ = [
     "attention_kl",
+    "attention_kl_loss",
     "linear_cross_entropy_divergence",
     "linear_cross_entropy_divergence_loss",
     "linear_divergence",

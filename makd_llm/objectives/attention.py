@@ -9,21 +9,23 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from makd_kernels.attention_kl import attention_kl
+from makd_kernels.attention_kl import attention_kl_loss
+from makd_llm.objectives.masks import Masks
 from makd_llm.shown import AttentionShown
 
 
 def attention_divergence(
     student: AttentionShown,
     teacher: AttentionShown,
-    attention_mask_BT: Tensor | None,
+    masks: Masks,
     *,
     heads: Sequence[int] | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
-    """`attention_kl` per query, mean over heads. Returns (B, T) fp32, 0 where the query is padding.
+    """The divergence of every real token's attention, mean over heads, summed over the batch: a
+    scalar, fp32 (or fp64), whose gradient is made with it.
 
     heads: the teacher's query head for each of the student's; None: the same. The number of
     key-value heads may differ. Raises ValueError where teacher and student see windows of different
@@ -33,18 +35,19 @@ def attention_divergence(
         raise ValueError(
             f"attention windows differ: student {student.window}, teacher {teacher.window}"
         )
-    divergence_BHT = attention_kl(
+    found = attention_kl_loss(
         teacher.query_BHTD,
         teacher.key_BGTD,
         student.query_BHTD,
         student.key_BGTD,
+        masks.tokens_BT / student.query_BHTD.shape[1],
         scale_teacher=teacher.scale,
         scale_student=student.scale,
         window=student.window,
-        attention_mask_BT=attention_mask_BT,
+        attention_mask_BT=masks.keys_BT,
         head_map=None if heads is None else [[head] for head in heads],
         divergence=divergence,
         beta=beta,
         impl=impl,
     )
-    return divergence_BHT.mean(dim=1)
+    return found.loss

@@ -8,19 +8,20 @@ distribution of X over itself, and compared as one, without maps (makd_kernels.a
 
 from torch import Tensor
 
-from makd_kernels.attention_kl import attention_kl
+from makd_kernels.attention_kl import attention_kl_loss
+from makd_llm.objectives.masks import Masks
 
 
 def relation_divergence(
     student_BTM: Tensor,
     teacher_BTN: Tensor,
-    attention_mask_BT: Tensor | None,
+    masks: Masks,
     *,
     heads: int,
     impl: str = "auto",
 ) -> Tensor:
-    """KL(relation of the teacher || of the student) per token, mean over heads. Returns (B, T)
-    fp32, 0 where the token is padding.
+    """KL(relation of the teacher || of the student) of every real token, mean over heads, summed
+    over the batch: a scalar, fp32 (or fp64).
 
     Source: MiniLM v2, with causal relations (ours: a decoder's token has seen none after it). The
     teacher receives no gradient. Raises ValueError where a width cannot be split into the heads.
@@ -30,15 +31,15 @@ def relation_divergence(
             raise ValueError(f"{heads} relation heads do not divide the {who}'s width {width}")
     ours_BATD = _split(student_BTM, heads)
     theirs_BATD = _split(teacher_BTN.detach(), heads)
-    divergence_BAT: Tensor = attention_kl(
+    return attention_kl_loss(
         theirs_BATD,
         theirs_BATD,
         ours_BATD,
         ours_BATD,
-        attention_mask_BT=attention_mask_BT,
+        masks.tokens_BT / heads,
+        attention_mask_BT=masks.keys_BT,
         impl=impl,
-    )
-    return divergence_BAT.mean(dim=1)
+    ).loss
 
 
 def _split(x_BTM: Tensor, heads: int) -> Tensor:

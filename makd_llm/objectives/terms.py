@@ -1,4 +1,4 @@
-"""The objectives below the output: each compares two `Shown` and returns one value per token.
+"""The objectives below the output: each compares two `Shown` and returns a sum over tokens.
 
 A term lists what it compares with what, pair by pair; capture collects that and nothing else, and
 whatever no pair needs any more can be let go. Sums over pairs are divided by their number (ours),
@@ -21,6 +21,7 @@ from makd_llm.objectives.attention import attention_divergence
 from makd_llm.objectives.cosine import cosine_distance
 from makd_llm.objectives.head import ALWAYS, Timing
 from makd_llm.objectives.local import local_distance
+from makd_llm.objectives.masks import Masks
 from makd_llm.objectives.relations import relation_divergence
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.squared_error import Normalize, squared_error
@@ -49,7 +50,8 @@ class Place:
 @dataclass(frozen=True)
 class Term:
     """One objective: its level, its weight, which places of the student are compared with which of
-    the teacher, and how: distance(student's, teacher's, mask_BT, place of the student) -> (B, T).
+    the teacher, and how: distance(student's, teacher's, masks, place of the student), summed over
+    the tokens that count.
     replay: the teacher's inputs that parts of the student are fed, by the place where the teacher
     shows them, where they are fed at all.
     """
@@ -57,7 +59,7 @@ class Term:
     level: str
     weight: float
     pairs: tuple[tuple[Place, Place], ...]
-    distance: Callable[[Any, Any, Tensor | None, Place], Tensor]
+    distance: Callable[[Any, Any, Masks, Place], Tensor]
     replay: Callable[[Shown], dict[Key, Tensor]] | None = None
     replayed: Needs = Needs()  # noqa: RUF009 (frozen, and empty)
     timing: Timing = ALWAYS
@@ -76,17 +78,17 @@ class Term:
         self,
         student: Shown,
         teacher: Shown,
-        mask_BT: Tensor | None,
+        masks: Masks,
         compared: Callable[[Place, Place], None] = lambda ours, theirs: None,
     ) -> Tensor:
-        """The mean over all pairs, per token. compared: called after each pair."""
-        total_BT: Tensor | None = None
+        """The mean over all pairs, summed over tokens. compared: called after each pair."""
+        total: Tensor | None = None
         for ours, theirs in self.pairs:
-            value_BT = self.distance(ours.of(student), theirs.of(teacher), mask_BT, ours)
-            total_BT = value_BT if total_BT is None else total_BT + value_BT
+            value = self.distance(ours.of(student), theirs.of(teacher), masks, ours)
+            total = value if total is None else total + value
             compared(ours, theirs)
-        assert total_BT is not None
-        return total_BT / len(self.pairs)
+        assert total is not None
+        return total / len(self.pairs)
 
 
 def matrix_term(
@@ -113,8 +115,9 @@ def matrix_term(
         for role in roles
     ]
 
-    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
-        return squared_error(student, _picked(outputs, place.key, teacher), normalize=normalize)
+    def distance(student: Tensor, teacher: Tensor, masks: Masks, place: Place) -> Tensor:
+        theirs = _picked(outputs, place.key, teacher)
+        return masks.summed(squared_error(student, theirs, normalize=normalize))
 
     def replay(teacher: Shown) -> dict[Key, Tensor]:
         return {ours: _picked(inputs, ours, teacher.matrix_input[theirs]) for ours, theirs in keys}
@@ -144,8 +147,9 @@ def hidden_term(
     """
     measure = cosine_distance if metric == "cosine" else partial(squared_error, normalize=normalize)
 
-    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
-        return measure(student, teacher if channels is None else channels(teacher))
+    def distance(student: Tensor, teacher: Tensor, masks: Masks, place: Place) -> Tensor:
+        theirs = teacher if channels is None else channels(teacher)
+        return masks.summed(measure(student, theirs))
 
     return Term("layer", weight, _same("hidden", layers, teacher_layers), distance)
 
@@ -165,11 +169,11 @@ def attention_term(
     Source: MaKD, reconstruction.
     """
 
-    def distance(student: Any, teacher: Any, mask_BT: Tensor | None, place: Place) -> Tensor:
+    def distance(student: Any, teacher: Any, masks: Masks, place: Place) -> Tensor:
         return attention_divergence(
             student,
             teacher,
-            mask_BT,
+            masks,
             heads=(heads or {}).get(place.key),
             divergence=divergence,
             beta=beta,
@@ -197,8 +201,8 @@ def relations_term(
         for role in roles
     ]
 
-    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
-        return relation_divergence(student, teacher, mask_BT, heads=heads, impl=impl)
+    def distance(student: Tensor, teacher: Tensor, masks: Masks, place: Place) -> Tensor:
+        return relation_divergence(student, teacher, masks, heads=heads, impl=impl)
 
     return Term("layer", weight, tuple(pairs), distance)
 
@@ -221,8 +225,8 @@ def local_term(
         for source in inputs
     ]
 
-    def distance(student: Tensor, teacher: Tensor, mask_BT: Tensor | None, place: Place) -> Tensor:
-        return local_distance(student, teacher)
+    def distance(student: Tensor, teacher: Tensor, masks: Masks, place: Place) -> Tensor:
+        return masks.summed(local_distance(student, teacher))
 
     def replay(teacher: Shown) -> dict[Key, Tensor]:
         return {(ours, LAYER): teacher.layer_input[theirs] for ours, theirs in mapped}

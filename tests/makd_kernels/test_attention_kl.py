@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from makd_kernels import attention_kl
+from makd_kernels import attention_kl, attention_kl_loss
 from makd_kernels.attention_kl.settings import Settings
 
 blockwise = importlib.import_module("makd_kernels.attention_kl.blockwise")
@@ -330,3 +330,44 @@ def test_import_brings_torch_alone() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("head_map", [None, [[1, 0], [3], [2, 2], [0]]])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_the_loss_is_the_weighted_sum_with_its_gradient(
+    divergence: str, head_map: list[list[int]] | None, impl: str
+) -> None:
+    """One sweep for values and gradient, against a sweep for each; for any upstream scalar."""
+    teacher, student = inputs(seed=1), inputs(seed=2, groups=4 if head_map else 2)
+    mask = torch.ones(2, 21)
+    mask[1, 15:] = 0
+    weight = torch.linspace(-1, 2, 42, dtype=torch.float64).view(2, 21)
+    options = {"divergence": divergence, "head_map": head_map, "attention_mask_BT": mask}
+    upstream = (3.0 * weight[:, None]).expand(2, 4, 21)
+    expected = run(teacher, student, upstream, impl="reference", **options)
+    q, k = (tensor.detach().clone().requires_grad_() for tensor in student)
+    found = attention_kl_loss(*teacher, q, k, weight, impl=impl, **options)
+    (3.0 * found.loss).backward()
+    torch.testing.assert_close(found.values_BHT, expected[0], rtol=1e-10, atol=1e-12)
+    total = (expected[0] * weight[:, None]).sum()
+    torch.testing.assert_close(found.loss.detach(), total, rtol=1e-10, atol=1e-12)
+    for one, other in zip((q.grad, k.grad), expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert not found.values_BHT.requires_grad
+    with torch.no_grad():
+        silent = attention_kl_loss(*teacher, q, k, weight, impl=impl, **options)
+    torch.testing.assert_close(silent.loss, total, rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_holds_its_gradient_and_not_its_inputs() -> None:
+    teacher, student = inputs(), inputs(seed=3)
+    q, k = (tensor.requires_grad_() for tensor in student)
+    loss = attention_kl_loss(*teacher, q, k, torch.ones(2, 21)).loss
+    saved = [tuple(tensor.shape) for tensor in loss.grad_fn.saved_tensors]
+    assert saved == [tuple(q.shape), tuple(k.shape)]
+    assert torch.autograd.gradcheck(
+        lambda q, k: attention_kl_loss(*teacher, q, k, torch.ones(2, 21)).loss, (q, k)
+    )
+    with pytest.raises(ValueError, match="weight_BT is"):
+        attention_kl_loss(*teacher, q, k, torch.ones(21))

@@ -6,11 +6,14 @@ import torch
 
 from makd_llm.objectives.combine import Objectives
 from makd_llm.objectives.head import CrossEntropy, Divergence
+from makd_llm.objectives.masks import Masks
 from makd_llm.objectives.selection import Selection
 from makd_llm.objectives.terms import attention_term, hidden_term, matrix_term
 from makd_llm.shown import AttentionShown, Needs, Shown
 
 B, T = 2, 5
+REAL = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+MASKS = Masks(REAL)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -38,7 +41,9 @@ def test_matrices_are_compared_with_the_layers_and_features_that_are_named() -> 
     )
     first = relative(student.matrix[0, "q"], teacher.matrix[2, "q"][..., [5, 4, 0, 1]])
     second = relative(student.matrix[1, "q"], teacher.matrix[5, "q"])
-    torch.testing.assert_close(term.compare(student, teacher, None), (first + second) / 2)
+    torch.testing.assert_close(
+        term.compare(student, teacher, MASKS), ((first + second) / 2)[REAL].sum()
+    )
 
     objectives = Objectives({"matrix": term}, {"logits": Divergence(1.0)})
     assert objectives.needs_of_student == Needs(matrix=frozenset({(0, "q"), (1, "q")}))
@@ -60,7 +65,8 @@ def test_hidden_states_are_compared_with_the_layers_and_channels_that_are_named(
     errors = [
         relative(student.hidden[i], teacher.hidden[t][..., [2, 0, 1]]) for i, t in ((0, 1), (1, 4))
     ]
-    torch.testing.assert_close(term.compare(student, teacher, None), sum(errors) / 2)
+    expected = (errors[0] + errors[1])[REAL].sum() / 2
+    torch.testing.assert_close(term.compare(student, teacher, MASKS), expected)
     assert term.needs == Needs(hidden=frozenset({0, 1}))
     assert term.needs_of_teacher == Needs(hidden=frozenset({1, 4}))
 
@@ -79,10 +85,10 @@ def test_heads_are_compared_with_those_that_are_named(impl: str) -> None:
     teacher = AttentionShown(random(B, 4, T, 4), random(B, 2, T, 4), None, None)
     order = [2, 0, 3, 1]
     term = attention_term([0], weight=1.0, impl=impl, teacher_layers=[3], heads={0: order})
-    found = term.compare(Shown(attention={0: student}), Shown(attention={3: teacher}), None)
+    found = term.compare(Shown(attention={0: student}), Shown(attention={3: teacher}), MASKS)
     p, q = maps(teacher)[:, order], maps(student)
     kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1).mean(1)
-    torch.testing.assert_close(found, kl)
+    torch.testing.assert_close(found, kl[REAL].sum())
     assert term.needs_of_teacher == Needs(attention=frozenset({3}))
 
 

@@ -13,10 +13,13 @@ each block of queries makes its scores, is reduced, and is forgotten; the backwa
 # B batch, H query heads, G key heads (H % G == 0), T tokens, D head size, P head pairs
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from makd_kernels.attention_kl.blockwise import values_and_gradients
 from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
 from makd_kernels.attention_kl.settings import DIVERGENCES, HIDDEN, LARGEST_HEAD, Settings
@@ -93,6 +96,161 @@ def attention_kl(
             unknown divergence or impl.
         RuntimeError: impl="triton" where Triton cannot run.
     """
+    asked = _prepared(
+        (q_teacher_BHTD, k_teacher_BGTD, scale_teacher, log_sum_exp_teacher_BHT),
+        (q_student_BHTD, k_student_BGTD, scale_student, log_sum_exp_student_BHT),
+        attention_mask_BT,
+        (causal, window, divergence, beta),
+        head_map,
+        impl,
+    )
+    if asked.impl == "triton":
+        return _values(asked, attention_mask_BT, asked.pairs)
+    teacher, student = asked.teacher, asked.student
+    if asked.impl == "reference":
+        per_pair_BPT = attention_kl_reference(
+            *teacher[:2], *student[:2], attention_mask_BT, asked.settings
+        )
+    else:
+        in_order = (list(range(teacher[0].shape[1])), [1] * teacher[0].shape[1])
+        per_pair_BPT = _values(asked, attention_mask_BT, in_order)
+    return _by_head(per_pair_BPT, asked.pairs[1])
+
+
+class AttentionLoss(NamedTuple):
+    """loss carries the gradient; values_BHT, as `attention_kl` returns them, does not."""
+
+    loss: Tensor
+    values_BHT: Tensor
+
+
+def attention_kl_loss(
+    q_teacher_BHTD: Tensor,
+    k_teacher_BGTD: Tensor,
+    q_student_BHTD: Tensor,
+    k_student_BGTD: Tensor,
+    weight_BT: Tensor,
+    *,
+    scale_teacher: float | None = None,
+    scale_student: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    attention_mask_BT: Tensor | None = None,
+    head_map: Sequence[Sequence[int]] | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    impl: str = "auto",
+) -> AttentionLoss:
+    """The sum over heads and queries of weight_BT times `attention_kl`.
+
+    For training: where plain torch computes it, the gradient is made in the forward from the scores
+    at hand, so that they are made once and not twice, and is kept as one tensor of the student's
+    queries' and keys' shapes; the backward multiplies it by the incoming scalar, which is exact for
+    any scalar. The teacher's queries and keys are not kept.
+
+    Arguments as in `attention_kl`; weight_BT gets no gradient. Raises ValueError as it does, and
+    for a weight of another shape.
+    """
+    shape_BT = (q_student_BHTD.shape[0], q_student_BHTD.shape[2])
+    if weight_BT.shape != shape_BT:
+        raise ValueError(f"weight_BT is {tuple(weight_BT.shape)}; it must be {shape_BT}")
+    asked = _prepared(
+        (q_teacher_BHTD, k_teacher_BGTD, scale_teacher, None),
+        (q_student_BHTD, k_student_BGTD, scale_student, None),
+        attention_mask_BT,
+        (causal, window, divergence, beta),
+        head_map,
+        impl,
+    )
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in asked.student[:2])
+    if asked.impl == "torch" and learns:
+        counts = torch.tensor(asked.pairs[1], device=weight_BT.device)
+        share_P = counts.repeat_interleave(counts).reciprocal()
+        weight_BPT = weight_BT.detach()[:, None] * share_P[:, None]
+        loss, per_pair_BPT = _OnePass.apply(
+            *asked.student[:2], weight_BPT, *asked.teacher[:2], attention_mask_BT, asked.settings
+        )
+        return AttentionLoss(loss, _by_head(per_pair_BPT, asked.pairs[1]))
+    values_BHT = attention_kl(
+        q_teacher_BHTD,
+        k_teacher_BGTD,
+        q_student_BHTD,
+        k_student_BGTD,
+        scale_teacher=scale_teacher,
+        scale_student=scale_student,
+        causal=causal,
+        window=window,
+        attention_mask_BT=attention_mask_BT,
+        head_map=head_map,
+        divergence=divergence,
+        beta=beta,
+        impl=impl,
+    )
+    return AttentionLoss((values_BHT * weight_BT.detach()[:, None]).sum(), values_BHT.detach())
+
+
+class _OnePass(torch.autograd.Function):
+    """Values and gradients of blockwise.py in one pass over the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_student: Tensor,
+        k_student: Tensor,
+        weight_BPT: Tensor,
+        q_teacher: Tensor,
+        k_teacher: Tensor,
+        mask_BT: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor]:
+        sides = (q_teacher, k_teacher, q_student, k_student)
+        values_BPT, dq, dk = values_and_gradients(*sides, mask_BT, None, None, settings, weight_BPT)
+        ctx.save_for_backward(dq, dk)
+        ctx.mark_non_differentiable(values_BPT)
+        return (values_BPT * weight_BPT).sum(), values_BPT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk = ctx.saved_tensors
+        weight = teacher = mask = settings = None
+        return (
+            dq * grad.to(dq.dtype),
+            dk * grad.to(dk.dtype),
+            weight,
+            teacher,
+            teacher,
+            mask,
+            settings,
+        )
+
+
+_Side = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, log-sum-exps
+
+
+class _Asked(NamedTuple):
+    """A checked call. pairs: the teacher's head of each pair, and how many pairs each of the
+    student's heads has; for Triton the heads are as they came, else already in pairs.
+    """
+
+    teacher: _Side
+    student: _Side
+    pairs: tuple[list[int], list[int]]
+    settings: Settings
+    impl: str
+
+
+def _prepared(
+    teacher: tuple[Tensor, Tensor, float | None, Tensor | None],
+    student: tuple[Tensor, Tensor, float | None, Tensor | None],
+    attention_mask_BT: Tensor | None,
+    choices: tuple[bool, int | None, str, float],
+    head_map: Sequence[Sequence[int]] | None,
+    impl: str,
+) -> _Asked:
+    q_teacher_BHTD, k_teacher_BGTD, scale_teacher, log_sum_exp_teacher_BHT = teacher
+    q_student_BHTD, k_student_BGTD, scale_student, log_sum_exp_student_BHT = student
+    causal, window, divergence, beta = choices
     divergence = checked_divergence(divergence, DIVERGENCES, beta)
     _check_shapes(q_teacher_BHTD, k_teacher_BGTD, q_student_BHTD, k_student_BGTD)
     chosen = choose_impl(impl, q_student_BHTD.device.type)
@@ -130,38 +288,28 @@ def attention_kl(
     )
     if divergence == "logit_mse":  # has no softmax
         lse_teacher = lse_student = None
-    teacher = (q_teacher_BHTD.detach(), k_teacher_BGTD.detach(), lse_teacher)
-    student = (q_student_BHTD, k_student_BGTD, lse_student)
-    if chosen == "triton":
-        return _values(teacher, student, attention_mask_BT, (teacher_P, counts), settings, chosen)
-    if teacher_P != list(range(teacher_heads)) or counts != [1] * student_heads:
+    teacher_side = (q_teacher_BHTD.detach(), k_teacher_BGTD.detach(), lse_teacher)
+    student_side = (q_student_BHTD, k_student_BGTD, lse_student)
+    in_order = teacher_P == list(range(teacher_heads)) and counts == [1] * student_heads
+    if chosen != "triton" and not in_order:
         student_P = [head for head, count in enumerate(counts) for _ in range(count)]
-        teacher = _take_heads(*teacher, teacher_P)
-        student = _take_heads(*student, student_P)
-    if chosen == "reference":
-        per_pair_BPT = attention_kl_reference(
-            *teacher[:2], *student[:2], attention_mask_BT, settings
-        )
-    else:
-        in_order = (list(range(len(teacher_P))), [1] * len(teacher_P))
-        per_pair_BPT = _values(teacher, student, attention_mask_BT, in_order, settings, chosen)
+        teacher_side = _take_heads(*teacher_side, teacher_P)
+        student_side = _take_heads(*student_side, student_P)
+    return _Asked(teacher_side, student_side, (teacher_P, counts), settings, chosen)
+
+
+def _by_head(per_pair_BPT: Tensor, counts: list[int]) -> Tensor:
+    """The mean over each of the student's heads' pairs, (B, H, T)."""
     if max(counts) == 1:
         return per_pair_BPT
     return torch.stack([part.mean(1) for part in per_pair_BPT.split(counts, dim=1)], dim=1)
 
 
-_Side = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, log-sum-exps
-
-
 def _values(
-    teacher: _Side,
-    student: _Side,
-    attention_mask_BT: Tensor | None,
-    pairs: tuple[list[int], list[int]],
-    settings: Settings,
-    impl: str,
+    asked: _Asked, attention_mask_BT: Tensor | None, pairs: tuple[list[int], list[int]]
 ) -> Tensor:
-    q_student, k_student, lse_student = student
+    teacher = asked.teacher
+    q_student, k_student, lse_student = asked.student
     with_gradient = torch.is_grad_enabled() and q_student.requires_grad
     values_BHT: Tensor = attention_kl_op(
         *teacher[:2],
@@ -171,8 +319,8 @@ def _values(
         teacher[2],
         lse_student,
         *pairs,
-        *settings,
-        impl,
+        *asked.settings,
+        asked.impl,
         with_gradient,
     )[0]
     return values_BHT

@@ -131,11 +131,39 @@ def gradients(
         attention_mask_BT,
         settings,
     )
-    dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT)
-    shared = dk_BHTD.shape[1] // k_student_BGTD.shape[1]
-    if shared > 1:  # the keys were repeated
-        dk_BHTD = dk_BHTD.unflatten(1, (-1, shared)).sum(2)
-    return dq_BHTD, dk_BHTD
+    _, dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT)
+    return dq_BHTD, _summed_back(dk_BHTD, k_student_BGTD)
+
+
+def values_and_gradients(
+    q_teacher_BHTD: Tensor,
+    k_teacher_BGTD: Tensor,
+    q_student_BHTD: Tensor,
+    k_student_BGTD: Tensor,
+    attention_mask_BT: Tensor | None,
+    lse_teacher_BHT: Tensor | None,
+    lse_student_BHT: Tensor | None,
+    settings: Settings,
+    grad_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both at once, for a gradient of the values that is known before they are: the scores are made
+    once. Returns (values_BHT, dq_BHTD, dk_BGTD).
+    """
+    sweep = _Sweep(
+        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
+        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
+        attention_mask_BT,
+        settings,
+    )
+    values_BHT, dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT, with_values=True)
+    assert values_BHT is not None
+    return values_BHT, dq_BHTD, _summed_back(dk_BHTD, k_student_BGTD)
+
+
+def _summed_back(dk_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
+    """The gradient of keys that were repeated, if they were."""
+    shared = dk_BHTD.shape[1] // k_BGTD.shape[1]
+    return dk_BHTD.unflatten(1, (-1, shared)).sum(2) if shared > 1 else dk_BHTD
 
 
 def _one_key_per_head(q_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
@@ -183,21 +211,33 @@ class _Sweep:
 
     def values(self) -> Tensor:
         """(B, H, T) divergences."""
-        batch, groups, shared, tokens, _ = self.shape_BGRTD
-        shape_nTR1 = (batch * groups, tokens, shared, 1)
-        values_nTR1 = torch.empty(shape_nTR1, dtype=self.dtype, device=self.student.k_nTD.device)
+        values_nTR1 = self._no_values()
         for slab in self._slabs():
             value = self.formula(*self._rows(slab), None, True)
             assert value is not None
             values_nTR1[slab.instances, slab.queries] = value
+        return self._by_head(values_nTR1)
+
+    def _no_values(self) -> Tensor:
+        batch, groups, shared, tokens, _ = self.shape_BGRTD
+        shape_nTR1 = (batch * groups, tokens, shared, 1)
+        return torch.empty(shape_nTR1, dtype=self.dtype, device=self.student.k_nTD.device)
+
+    def _by_head(self, values_nTR1: Tensor) -> Tensor:
+        """(B, H, T), 0 where the query is padding."""
+        batch, groups, shared, tokens, _ = self.shape_BGRTD
         if self.visibility.mask_nT is not None:
             values_nTR1.mul_(self.visibility.mask_nT[:, :, None, None])
         values_BGTR = values_nTR1.view(batch, groups, tokens, shared)
         values_BGRT = values_BGTR.transpose(2, 3).contiguous()
         return values_BGRT.view(batch, groups * shared, tokens)
 
-    def gradients(self, grad_BHT: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
+    def gradients(
+        self, grad_BHT: Tensor, *, with_values: bool = False
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(values_BHT if asked for, and the student's dq_BHTD and dk_BGTD for the gradient
+        `grad_BHT` of the values).
+        """
         q_nTRD, k_nTD, _, scale = self.student
         batch, groups, shared, tokens, size = self.shape_BGRTD
         grad_BGTR = (grad_BHT.to(self.dtype) * scale).unflatten(1, (groups, shared)).transpose(2, 3)
@@ -206,10 +246,14 @@ class _Sweep:
             grad_nTR1 = grad_nTR1 * self.visibility.mask_nT[:, :, None, None]
         dq_nTRD = torch.empty_like(q_nTRD)
         dk_nTD = torch.zeros_like(k_nTD, dtype=self.dtype)
+        values_nTR1 = self._no_values() if with_values else None
         for slab in self._slabs():
             t_rows, s_rows = self._rows(slab)
             weights = Weights(grad_nTR1[slab.instances, slab.queries])
-            self.formula(t_rows, s_rows, weights, False)
+            value = self.formula(t_rows, s_rows, weights, with_values)
+            if values_nTR1 is not None:
+                assert value is not None
+                values_nTR1[slab.instances, slab.queries] = value
             ds_nMK = s_rows.exp.flatten(1, 2)
             if ds_nMK.dtype != q_nTRD.dtype:
                 ds_nMK = self._buffer("half", ds_nMK.shape, q_nTRD.dtype).copy_(ds_nMK)
@@ -224,7 +268,8 @@ class _Sweep:
         dq_BGTRD = dq_nTRD.view(batch, groups, tokens, shared, size)
         dq_BHTD = dq_BGTRD.transpose(2, 3).reshape(batch, groups * shared, tokens, size)
         dk_BGTD = dk_nTD.to(k_nTD.dtype).view(batch, groups, tokens, size)
-        return dq_BHTD.contiguous(), dk_BGTD
+        values_BHT = None if values_nTR1 is None else self._by_head(values_nTR1)
+        return values_BHT, dq_BHTD.contiguous(), dk_BGTD
 
     def _rows(self, slab: _Slab) -> tuple[Rows, Rows]:
         """Both sides' centred scores and exponentials, (n, Q, R, K), hidden keys at exactly 0."""
