@@ -27,9 +27,10 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. All tensors are int64 and lie on the same device.
+    """One micro-batch. All tensors are int64 (masks of documents bool) and lie on the same device.
 
-    `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`. `targets_N` holds
+    `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`.
+    `document_mask_BT` is True at the documents' own tokens, False at templates'. `targets_N` holds
     the places in the flattened (B·T) batch whose label is not `IGNORE`: known here, on the host, so
     that picking them on a device makes nobody wait.
     """
@@ -38,6 +39,7 @@ class Batch:
     attention_mask_BT: torch.Tensor
     position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
+    document_mask_BT: torch.Tensor
     targets_N: torch.Tensor
     record_ids: tuple[str, ...]
     padded_left: bool = False
@@ -77,6 +79,7 @@ class Batch:
             self.attention_mask_BT.to(device, non_blocking=True),
             self.position_ids_BT.to(device, non_blocking=True),
             self.labels_BT.to(device, non_blocking=True),
+            self.document_mask_BT.to(device, non_blocking=True),
             self.targets_N.to(device, non_blocking=True),
             self.record_ids,
             self.padded_left,
@@ -101,6 +104,7 @@ def collate(
     input_ids_BT = torch.full((len(examples), length), pad_id)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
     labels_BT = torch.full_like(input_ids_BT, IGNORE)
+    document_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     for row, example in enumerate(examples):
         ids = torch.tensor(example.input_ids)
         start = 0 if padding_side == "right" else length - len(ids)
@@ -108,20 +112,47 @@ def collate(
         input_ids_BT[row, start:stop] = ids
         attention_mask_BT[row, start:stop] = 1
         labels_BT[row, summary - 1 : stop - 1] = ids[example.prompt_length :]
+        begins, ends = example.document or (0, example.prompt_length)
+        document_mask_BT[row, start + begins : start + ends] = True
     return Batch(
         input_ids_BT,
         attention_mask_BT,
         _positions(attention_mask_BT),
         labels_BT,
+        document_mask_BT,
         (labels_BT.flatten() != IGNORE).nonzero().flatten(),
         tuple(example.record_id for example in examples),
         padded_left=padding_side == "left",
     )
 
 
+def examples_of(batch: Batch) -> list[Example]:
+    """The examples that a batch was made of, without its padding. Every row has targets."""
+    found = []
+    for row, record_id in enumerate(batch.record_ids):
+        real = batch.token_mask_BT[row].nonzero().flatten().tolist()
+        ids = batch.input_ids_BT[row, real].tolist()
+        first = int(batch.target_mask_BT[row].nonzero()[0]) + 1 - real[0]
+        document = (batch.document_mask_BT[row].nonzero().flatten() - real[0]).tolist()
+        place = (document[0], document[-1] + 1) if document else None
+        found.append(Example(record_id, ids, first, place))
+    return found
+
+
 def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
     """The examples in their order, `size` to a batch; the last may be smaller."""
     return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
+
+
+def counts_of(batches: Sequence[Batch]) -> dict[str, float]:
+    """What objectives are divided by, counted over some micro-batches: summary tokens ("targets"),
+    real tokens and records.
+    """
+    return {
+        "targets": float(sum(int(b.n_targets) for b in batches)),
+        "tokens": float(sum(int(b.n_tokens) for b in batches)),
+        "records": float(sum(len(b.record_ids) for b in batches)),
+    }
 
 
 def digest_of(batches: Sequence[Batch]) -> str:

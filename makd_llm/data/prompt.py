@@ -21,7 +21,7 @@ It is never doubled.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from string import Formatter
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ class PromptBuilder:
         self._chat = bool(tokenizer.chat_template) if chat is None else chat
         self._template = user_template if self._chat else template
         self._fields_used = _fields_of(self._template)
-        self._frames: dict[tuple[str, ...], int] = {}
+        self._frames: dict[tuple[str, ...], list[int]] = {}
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         if max_length < 2 or (max_prompt_length is not None and max_prompt_length < 1):
             raise UserError(
@@ -118,14 +118,14 @@ class PromptBuilder:
         """The record for training. Raises what `prompt_ids` raises."""
         summary = self.summary_ids(record)
         prompt = self.prompt_ids(record, len(summary))
-        return Example(record.id, prompt + summary, len(prompt))
+        return Example(record.id, prompt + summary, len(prompt), self._document(record, prompt))
 
     def check(self, record: Record) -> None:
         """Raise what `example` would raise, mostly without tokenizing the document."""
         room = self._max_length - len(self.summary_ids(record))
         if self._max_prompt_length is not None:
             room = min(room, self._max_prompt_length)
-        if self._frame(record) + FEW_TOKENS > room:
+        if len(self._frame(record)) + FEW_TOKENS > room:
             self.example(record)
 
     def describe(self) -> str:
@@ -187,13 +187,22 @@ class PromptBuilder:
     def _encode_prompt(self, record: Record, document: str) -> list[int]:
         return self._with_bos(self._encode(self._render(record, document)))
 
-    def _frame(self, record: Record) -> int:
-        """The length of the prompt without its document; counted once for the same fields."""
+    def _frame(self, record: Record) -> list[int]:
+        """The prompt without its document; made once for the same fields."""
         values = self._values(record, "")
         key = tuple(values[field] for field in self._fields_used)
         if key not in self._frames:
-            self._frames[key] = len(self._encode_prompt(record, ""))
+            self._frames[key] = self._encode_prompt(record, "")
         return self._frames[key]
+
+    def _document(self, record: Record, prompt: list[int]) -> tuple[int, int]:
+        """Where the document's tokens begin and end: what the prompt has between the beginning and
+        the end that it would have without one.
+        """
+        frame = self._frame(record)
+        before = _alike(prompt[:-1], frame)  # one token at least is the document's
+        after = _alike(prompt[before + 1 :][::-1], frame[before:][::-1])
+        return before, len(prompt) - after
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bare = 0
@@ -272,7 +281,7 @@ class PromptBuilder:
         return self._encode_prompt(record, document[: stop - 1]) if stop > 1 else None
 
     def _no_room(self, record: Record, room_for: int, budget: int) -> BadRecord:
-        frame = self._frame(record)
+        frame = len(self._frame(record))
         whole = self._max_length - frame - 1
         if budget < self._max_length - room_for or whole < 1:
             return BadRecord(
@@ -289,6 +298,12 @@ class PromptBuilder:
             f"in a window of {self._max_length}",
             f"a summary of at most {whole} tokens, or a larger max_length",
         )
+
+
+def _alike(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
 def _fields_of(template: str) -> list[str]:

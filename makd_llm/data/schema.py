@@ -68,11 +68,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Example:
-    """A record as token ids: `input_ids[:prompt_length]` is given, the rest is to be learnt."""
+    """A record as token ids: `input_ids[:prompt_length]` is given, the rest is to be learnt.
+
+    `document` says where in the prompt the document's own tokens begin and end; None: the whole
+    prompt is one.
+    """
 
     record_id: str
     input_ids: list[int]
     prompt_length: int
+    document: tuple[int, int] | None = None
 
 
 def record_from_row(row: Row, columns: Columns) -> Record:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from makd_llm.data.batch import IGNORE, collate, prompt_batch
+from makd_llm.data.batch import IGNORE, collate, counts_of, examples_of, prompt_batch
 from makd_llm.data.prompt import Example
 
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
@@ -73,7 +73,7 @@ def test_moving_keeps_everything() -> None:
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             assert getattr(moved, name).is_meta
-            assert value.dtype == torch.int64
+            assert getattr(moved, name).dtype == value.dtype
 
 
 def test_prompts_end_at_the_same_position() -> None:
@@ -91,3 +91,22 @@ def test_misuse_is_refused() -> None:
         collate([example], 0, padding_side="top")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive"):
         collate([example], 0, multiple_of=0)
+
+
+@given(examples, st.sampled_from(SIDES), st.sampled_from([1, 7]))
+def test_a_batch_gives_its_examples_back(
+    batch_of: list[Example], side: Literal["left", "right"], multiple_of: int
+) -> None:
+    whole = [
+        Example(
+            f"r{i}", [*e.input_ids, 9], e.prompt_length, (e.prompt_length // 2, e.prompt_length)
+        )
+        for i, e in enumerate(batch_of)
+    ]
+    batch = collate(whole, 3, padding_side=side, multiple_of=multiple_of)
+    assert examples_of(batch) == whole
+    assert counts_of([batch, batch]) == {
+        "targets": 2.0 * int(batch.n_targets),
+        "tokens": 2.0 * int(batch.n_tokens),
+        "records": 2.0 * len(whole),
+    }

@@ -46,6 +46,23 @@ def test_chat_example_is_what_the_template_writes(chat: Tokenizer, make_record: 
     assert list(prompts.eos_ids) == ends
 
 
+@pytest.mark.parametrize("document", ["The dog.", LONG, "dog", "Summary: Summary:"])
+def test_the_documents_tokens_are_known(
+    tokenizer: Tokenizer, make_record: MakeRecord, document: str
+) -> None:
+    prompts = PromptBuilder(tokenizer, max_length=80, instruction="Sum up.")
+    example = prompts.example(make_record(document, "It sleeps."))
+    assert example.document is not None
+    begin, end = example.document
+    said = tokenizer.decode(example.input_ids[begin:end]).strip("\ufffd").strip()
+    assert 0 <= begin < end <= example.prompt_length and said
+    assert document.strip().startswith(said)
+    rest = tokenizer.decode(example.input_ids[:begin] + example.input_ids[end:])
+    assert "dog" not in rest or document == LONG
+    if document != LONG:
+        assert said == document
+
+
 def test_chat_can_be_switched_off(chat: Tokenizer, make_record: MakeRecord) -> None:
     prompts = PromptBuilder(chat, chat=False)
     assert chat.decode(prompts.prompt_ids(make_record("Dog.", "x"), 1)) == "Dog.\n\nSummary:"
