@@ -6,35 +6,39 @@
 The run folder (of a finished `make demo`, say) gives teacher, student and data. All sets see the
 same batches on the same two engines, one after the other, round after round, every round beginning
 with another set, so that a machine that is now slow and now fast is so for all of them. Nothing is
-learnt: the optimizer's step is left out, and is the same for all. Columns: seconds per micro-batch
-(20, 50 and 80 %), the ratio to `kd` (cross-entropy and logits) in the same round, its median over
-rounds, and a rank's peak memory in a round of its own: beyond what is held between steps, and in
-all (no gradients or optimizer states are among that, so ratios are larger than in training).
+learnt: the optimizer's step is left out, and is the same for all. Every step is one on which all of
+a set's objectives count: what `every` and the levels' turns save does not show. Columns: seconds
+per micro-batch (20, 50 and 80 %), the ratio to `kd` (cross-entropy and logits) in the same round,
+its median over rounds; the median seconds that the student writes, where a step on its own words
+has it write; and a rank's peak memory in a round of its own: beyond what is held between steps, and
+in all (no gradients or optimizer states are among that, so ratios are larger than in training).
 """
 
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
-from makd_llm.config import load_config
+from makd_llm.config import DataConfig, DistilConfig, load_config
 from makd_llm.config.presets import preset_names
-from makd_llm.data.batch import Batch, collate
+from makd_llm.data.batch import Batch, collate, counts_of
 from makd_llm.data.schema import Example
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import pair
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer
 from makd_llm.objectives.combine import Objectives
-from makd_llm.train.build import build_loader, build_objectives, build_prompts
+from makd_llm.train.build import build_loader, build_objectives, build_on_policy, build_prompts
 from makd_llm.train.deepspeed_config import (
     dtype_of,
     frozen_config,
@@ -42,6 +46,7 @@ from makd_llm.train.deepspeed_config import (
     training_config,
 )
 from makd_llm.train.engine import Frozen, Trained
+from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.step import distill_step, finetune_step
 from measure import RESULTS, machine, peaks, write
 
@@ -57,6 +62,10 @@ SETS: dict[str, list[str]] = {
         "distil.objectives.hidden.layers=all",
     ],
 }
+
+
+WRITTEN_ROUNDS = 3
+"""In which the student writes, where it does."""
 
 
 def main(
@@ -102,18 +111,23 @@ def main(
     )
     wanted = list(SETS) if sets is None else ["kd", *sets.split(",")]
     pairing = pair(shape, read_config(run / "teacher"))
+    distils = {name: load_config(None, SETS[name]).distil for name in dict.fromkeys(wanted)}
     chosen = {
-        name: build_objectives(
-            load_config(None, SETS[name]).distil, family_of(shape), shape.num_hidden_layers, pairing
-        )
-        for name in dict.fromkeys(wanted)
+        name: build_objectives(distil, family_of(shape), shape.num_hidden_layers, pairing)
+        for name, distil in distils.items()
+    }
+    writers = {
+        name: writer_of(distil, config.data, student, tokenizer, dtype)
+        for name, distil in distils.items()
+        if distil.sequences.student
     }
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    writing: dict[str, list[float]] = {name: [] for name in writers}
     memory: dict[str, tuple[float | None, float | None]] = {}
     tokens = 0
     for count in range(rounds + 1):
-        batch = random_rows(records, length, shape.vocab_size) if length else loader.next_step()[0]
-        batch = batch.to(distributed.device())
+        drawn = random_rows(records, length, shape.vocab_size) if length else loader.next_step()[0]
+        batch = drawn.to(distributed.device())
         tokens += int(batch.n_tokens)
         first = count % len(chosen)
         names = list(chosen)
@@ -124,10 +138,50 @@ def main(
             else:  # the first round warms up
                 step()
                 memory[name] = peaks(step, _kind())
-    rows = table(seconds, memory, tokens // (rounds + 1), world)
+            if name in writers and count <= WRITTEN_ROUNDS:
+                writing[name].append(timed(partial(writers[name].of_step, count + 1, [drawn])))
+    rows = table(seconds, writing, memory, tokens // (rounds + 1), world)
     if distributed.is_main():
         publish(rows)
     distributed.shutdown()
+
+
+def writer_of(
+    distil: DistilConfig,
+    data: DataConfig,
+    student: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> OnPolicy:
+    """The student's texts, written on every step."""
+    always = {"lmbda": 1.0, "replay": 0, "adaptive": None}
+    assert distil.sequences.student is not None
+    sequences = distil.sequences.model_copy(
+        update={"student": distil.sequences.student.model_copy(update=always)}
+    )
+    made = build_on_policy(
+        distil.model_copy(update={"sequences": sequences}),
+        data,
+        0,
+        student.model,
+        build_prompts(data, tokenizer).eos_ids,
+        dtype=dtype,
+        pad_id=tokenizer.eos_token_id,
+        validation_loss=lambda: 0.0,
+    )
+    assert made is not None
+    return made
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds, until all ranks are done."""
+    distributed.barrier()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    distributed.barrier()
+    return time.perf_counter() - began
 
 
 def random_rows(records: int, length: int, vocabulary: int) -> Batch:
@@ -139,23 +193,18 @@ def random_rows(records: int, length: int, vocabulary: int) -> Batch:
 
 def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch) -> float:
     """Seconds of forward and backward of one micro-batch, until all ranks are done."""
-    counts = {"targets": float(batch.n_targets), "tokens": float(batch.n_tokens)}
-    distributed.barrier()
-    began = time.perf_counter()
+    counts = counts_of([batch])
     if objectives.needs_teacher:
-        distill_step(student, teacher, objectives, batch, counts)
+        took = timed(partial(distill_step, student, teacher, objectives, batch, counts))
     else:
-        finetune_step(student, objectives, batch, counts)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    distributed.barrier()
-    took = time.perf_counter() - began
+        took = timed(partial(finetune_step, student, objectives, batch, counts))
     student.engine.optimizer.zero_grad()
     return took
 
 
 def table(
     seconds: dict[str, list[float]],
+    writing: dict[str, list[float]],
     memory: dict[str, tuple[float | None, float | None]],
     tokens: int,
     world: int,
@@ -173,6 +222,7 @@ def table(
                 "seconds_50": f"{middle:.3f}",
                 "seconds_80": f"{high:.3f}",
                 "ratio_to_kd": f"{statistics.median(ratios):.2f}",
+                "writing": f"{statistics.median(writing[name]):.3f}" if name in writing else "",
                 "peak_MB": _shown(memory[name][0]),
                 "in_all_MB": _shown(memory[name][1]),
                 "memory_to_kd": _ratio(memory[name][1], memory["kd"][1]),
@@ -206,6 +256,7 @@ def publish(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(
             f"{row['objectives']:30} {row['seconds_50']:>8} s  {row['ratio_to_kd']:>5} x kd  "
+            f"{row['writing'] and '+ ' + row['writing'] + ' s':>10}  "
             f"{row['peak_MB']:>6} MB of {row['in_all_MB']:>6} MB  {row['memory_to_kd']:>5} x kd"
         )
     print(f"written {path}", file=sys.stderr)

@@ -11,9 +11,11 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
 from makd_llm.config import RunConfig, TrainConfig, dump_config
 from makd_llm.cutting import Cutting
 from makd_llm.data.batch import pad_id_of
+from makd_llm.data.prompt import PromptBuilder, usable_examples
 from makd_llm.data.records import RecordList, content_of
+from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
 from makd_llm.evaluation.evaluate import (
     Evaluation,
@@ -56,6 +60,7 @@ from makd_llm.train.build import (
     build_balance,
     build_loader,
     build_objectives,
+    build_on_policy,
     build_projections,
     build_prompts,
     build_recipe,
@@ -309,6 +314,8 @@ class Run:
             seed=self.config.seed,
             pad_id=pad_id_of(tokenizer),
         )
+        distilling = stage == "distil"
+        held_out = self._held_out(prompts) if distilling else []
         loaded = load_sharded(start, ds, self.dtype, self.config.distil.kernels)
         if projections:
             loaded.projections = Projections(projections, ds, self.dtype)
@@ -319,7 +326,16 @@ class Run:
             schedule=build_schedule(train),
         )
         frozen = self._frozen(teacher, micro) if teacher else None
-        distilling = stage == "distil"
+        own = build_on_policy(
+            self.config.distil,
+            self.config.data,
+            self.config.seed,
+            loaded,
+            prompts.eos_ids,
+            dtype=self.dtype,
+            pad_id=pad_id_of(tokenizer),
+            validation_loss=lambda: model.loss_of(held_out, micro, pad_id_of(tokenizer)),
+        )
         loop = Loop(
             model,
             objectives,
@@ -335,6 +351,7 @@ class Run:
             ),
             self.dir,
             build_balance(self.config.distil) if distilling else None,
+            own if distilling else None,
         )
         if frozen:
             loop.run(lambda batch, counts: distill_step(model, frozen, objectives, batch, counts))
@@ -351,6 +368,22 @@ class Run:
         model.close()
         if frozen:
             frozen.close()
+
+    def _held_out(self, prompts: PromptBuilder) -> list[Example]:
+        """What the validation loss is of, where the share of the student's own texts follows it."""
+        student = self.config.distil.sequences.student
+        if student is None or student.adaptive is None:
+            return []
+        data, count = self.config.data, student.adaptive.records
+        records = build_records(data, validation=True)
+        usable = usable_examples(prompts, records, data.on_bad_record, Counter())
+        found = [example for _, example in islice(usable, count)]
+        if not found:
+            raise UserError(
+                "distil.sequences.student.adaptive: data.validation_split has no usable record to "
+                "measure the loss on; name another split, or leave adaptive out"
+            )
+        return found
 
     def _frozen(self, folder: Path, micro_batch_size: int) -> Frozen:
         ds = frozen_config(self.deepspeed, micro_batch_size=micro_batch_size)

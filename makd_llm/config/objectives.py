@@ -123,11 +123,35 @@ class LocalConfig(ObjectiveConfig):
     inputs: Literal["student", "teacher", "both"] = "both"
 
 
+class AttributionConfig(ObjectiveConfig):
+    """Model level: which words of the document justify the summary (AD-KD, for decoders)."""
+
+    every: Positive = 8
+    method: Literal["gradients", "occlusion"] = "gradients"
+    """Integrated gradients of the document's embeddings; or, forward only, what the summary loses
+    when a span of the document is blanked."""
+    views: Annotated[int, Field(ge=0)] = 2
+    """The teacher's likeliest tokens that are explained, beside the reference's."""
+    positions: Positive = 8
+    """Summary tokens of a record that are explained together."""
+    steps: Positive = 1
+    """Of the integration, from blank embeddings on; 1 is gradient times input."""
+    top_k: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Share of the teacher's embedding dimensions that count, of every token the largest."""
+    spans: Annotated[int, Field(ge=2)] = 8
+    """Of the document, in occlusion."""
+    second_order: Literal["auto", "exact", "differences"] = "auto"
+    """How the student learns from its gradients: by a backward through the backward, or by central
+    differences of two ordinary ones. ZeRO-3 has no weights for the former: auto takes the latter
+    there and under gradient checkpointing."""
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "cross_entropy": CrossEntropyConfig,
     "logits": LogitsConfig,
     "sinkhorn": SinkhornConfig,
     "ranking": RankingConfig,
+    "attribution": AttributionConfig,
     "matrix": MatrixConfig,
     "attention": AttentionConfig,
     "hidden": HiddenConfig,

@@ -2,8 +2,8 @@
 
 Every objective is a sum over valid positions divided by the number of such positions in the whole
 optimizer step, over all ranks and micro-batches; that number comes in from outside, so the gradient
-is the same for every split. Units: the model level counts summary tokens ("targets"), the matrix
-and layer levels count all real tokens.
+is the same for every split. Units: the model level counts summary tokens ("targets"; attributions
+count "records"), the matrix and layer levels count all real tokens.
 """
 # B batch, T tokens, N summary tokens, V vocabulary, D and E widths
 
@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from makd_kernels.linear_divergence import linear_cross_entropy_divergence_loss
 from makd_llm.data.batch import Batch
+from makd_llm.objectives.attribution import Attribution
 from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Outputs
+from makd_llm.objectives.masks import Masks
 from makd_llm.objectives.terms import Place, Term
 from makd_llm.shown import Needs, Shown
 
@@ -30,6 +31,10 @@ class Losses:
     total: Tensor
     sums: dict[str, Tensor]
 
+    def plus(self, name: str, loss: Tensor, summed: Tensor) -> "Losses":
+        """With one more objective: what it adds to the loss, and its plain sum."""
+        return Losses(self.total + loss, {**self.sums, name: summed})
+
     def detached(self) -> "Losses":
         """The same values, without the graph."""
         return Losses(self.total.detach(), self.sums)
@@ -40,24 +45,34 @@ AtOutput = tuple[Tensor, dict[str, Tensor]]
 
 
 class Objectives:
-    """The terms of a run by name, those at the output and those below it; each level's current
-    multiplier (balance and schedule set it; 0 switches off), and the step that is next, from 1.
+    """The terms of a run by name, those at the output and those below it, and attributions; each
+    level's current multiplier (balance and schedule set it; 0 switches off), and the step that is
+    next, from 1.
     """
 
     def __init__(
-        self, terms: Mapping[str, Term], head: Mapping[str, HeadTerm], *, impl: str = "auto"
+        self,
+        terms: Mapping[str, Term],
+        head: Mapping[str, HeadTerm],
+        attributions: Mapping[str, Attribution] | None = None,
+        *,
+        impl: str = "auto",
     ) -> None:
         """impl: of the losses that run fused with the head's product."""
         self.terms = {name: term for name, term in terms.items() if term.weight > 0}
         self.head = {name: term for name, term in head.items() if term.weight > 0}
+        given = attributions or {}
+        self.attributions = {name: term for name, term in given.items() if term.weight > 0}
         self.impl = impl
         self.multiplier = dict.fromkeys(LEVELS, 1.0)
         self.step = 1
+        self.own_words = False
+        """Whether the summaries of this step are the student's own: none are learnt by heart."""
 
     @property
     def names(self) -> list[str]:
         """Objectives that are switched on, those at the output last."""
-        return [*self.terms, *self.head]
+        return [*self.terms, *self.head, *self.attributions]
 
     @property
     def levels(self) -> list[str]:
@@ -70,14 +85,22 @@ class Objectives:
         return self.terms[name].level if name in self.terms else "model"
 
     def unit_of(self, name: str) -> str:
-        """What an objective's sum is divided by: the model level counts summary tokens."""
-        return "tokens" if name in self.terms else "targets"
+        """What an objective's sum is divided by: the output's by summary tokens."""
+        return (
+            "tokens"
+            if name in self.terms
+            else "records"
+            if name in self.attributions
+            else "targets"
+        )
 
     def weight_of(self, name: str) -> float:
         """What an objective counts in this step, before its level's multiplier; 0 for what is only
         measured beside others.
         """
-        term = self.terms.get(name) or self.head.get(name)
+        term = self.terms.get(name) or self.head.get(name) or self.attributions.get(name)
+        if self.own_words and isinstance(term, CrossEntropy):
+            return 0.0
         return term.weight * term.timing.share(self.step) if term else 0.0
 
     def scale_of(self, name: str) -> float:
@@ -87,12 +110,18 @@ class Objectives:
     @property
     def needs_teacher(self) -> bool:
         """False where the teacher would run for nothing (plain fine-tuning)."""
-        return bool(self.terms) or any(not isinstance(t, CrossEntropy) for t in self.head.values())
+        compares = any(not isinstance(term, CrossEntropy) for term in self.head.values())
+        return bool(self.terms) or bool(self.attributions) or compares
 
     @property
     def active(self) -> dict[str, Term]:
         """Terms below the output that count in this step."""
         return {name: term for name, term in self.terms.items() if self.scale_of(name) > 0}
+
+    @property
+    def asked(self) -> dict[str, Attribution]:
+        """Attributions that count in this step."""
+        return {name: term for name, term in self.attributions.items() if self.scale_of(name) > 0}
 
     @property
     def needs_of_student(self) -> Needs:
@@ -155,7 +184,7 @@ class Objectives:
         outputs: Outputs,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, a divergence, or both, from one product: (loss, sums). Cross-entropy is
-        measured in any case, as it costs nothing more.
+        measured in any case, as it costs nothing more; of its own words it is the student's doubt.
         """
         by_kind = {type(term): name for name, term in pair.items()}
         entropy, compared = by_kind.get(CrossEntropy), by_kind.get(Divergence)
@@ -175,7 +204,8 @@ class Objectives:
             temperature=term.temperature,
             impl=self.impl,
         )
-        sums = {entropy or "cross_entropy": entropy_N.sum()}
+        measured = "own_words" if self.own_words else "cross_entropy"
+        sums = {entropy or measured: entropy_N.sum()}
         if compared:
             assert divergence_N is not None
             sums[compared] = divergence_N.sum()
@@ -195,7 +225,7 @@ class Objectives:
         """
         at_head, sums = at_output[0], dict(at_output[1])
         parts: list[Tensor] = []
-        mask_BT = batch.token_mask_BT
+        masks = Masks(batch.token_mask_BT, batch.key_mask_BT)
         active = self.active
         pairs = [pair for term in active.values() for pair in term.pairs]
         left = Counter(ours for ours, _ in pairs), Counter(theirs for _, theirs in pairs)
@@ -207,8 +237,7 @@ class Objectives:
                     place.clear(shown)
 
         for name, term in active.items():
-            values_BT = term.compare(student, teacher, batch.key_mask_BT, compared)
-            sums[name] = torch.where(mask_BT, values_BT, 0.0).sum()
+            sums[name] = term.compare(student, teacher, masks, compared)
             parts.append(sums[name] * (self.scale_of(name) / denominators["tokens"]))
         if student.idle is not None:
             parts.append(student.idle)

@@ -7,7 +7,7 @@ ask for them.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.config import DataConfig, DistilConfig
+from makd_llm.data.batch import counts_of
 from makd_llm.data.loader import TrainLoader
+from makd_llm.data.schema import Example
 from makd_llm.factorize.student import Recipe, factorize
 from makd_llm.models.pairing import pair
 from makd_llm.models.projections import Projections
@@ -28,6 +30,7 @@ from makd_llm.objectives.combine import Objectives
 from makd_llm.train.build import (
     build_loader,
     build_objectives,
+    build_on_policy,
     build_projections,
     build_prompts,
     staged_shares,
@@ -147,10 +150,11 @@ def gradients(
     made = parts(folder, student, ds, **changes)
     trained, teacher, objectives, loader = made
     batches = loader.next_step()
-    counts = torch.tensor([[float(b.n_targets), float(b.n_tokens)] for b in batches]).sum(0)
-    targets, tokens = distributed.sum_over_ranks(counts).tolist()
+    counts = counts_of(batches)
+    totals = distributed.sum_over_ranks(torch.tensor(list(counts.values()))).tolist()
+    denominators = dict(zip(counts, totals, strict=True))
     for index, batch in enumerate(batches):
-        distill_step(trained, teacher, objectives, batch, {"targets": targets, "tokens": tokens})
+        distill_step(trained, teacher, objectives, batch, denominators)
         if index < len(batches) - 1:
             trained.step()
     found = {n: safe_get_full_grad(p).clone() for n, p in named_parameters(trained).items()}
@@ -166,9 +170,23 @@ def run_loop(
     distil: dict[str, Any] | None = None,
     save_every: int = 10**9,
     after: Callable[[int], None] = lambda step: None,
+    held_out: Sequence[Example] = (),
 ) -> list[str]:
-    """Trains for so many steps; what the checkpoints said. after: called after each micro-batch."""
+    """Trains for so many steps; what the checkpoints said. after: called after each micro-batch.
+    held_out: what a validation loss is of.
+    """
     said: list[str] = []
+    asked = DistilConfig.model_validate(distil or {})
+    on_policy = build_on_policy(
+        asked,
+        DataConfig(max_length=64),
+        1,
+        made.trained.model,
+        (2,),
+        dtype=torch.float32,
+        pad_id=2,
+        validation_loss=lambda: made.trained.loss_of(held_out, 2, 2),
+    )
     loop = Loop(
         made.trained,
         made.objectives,
@@ -179,9 +197,10 @@ def run_loop(
             steps,
             save_every,
             max_bad_steps=3,
-            staged=staged_shares(DistilConfig.model_validate(distil or {})),
+            staged=staged_shares(asked),
         ),
         run_dir,
+        on_policy=on_policy,
     )
 
     def step(batch: Any, counts: dict[str, float]) -> Any:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
 from makd_llm.config import DataConfig, DistilConfig, StudentConfig, TrainConfig
 from makd_llm.config.objectives import (
     AttentionConfig,
+    AttributionConfig,
     CrossEntropyConfig,
     HiddenConfig,
     Layers,
@@ -29,9 +31,12 @@ from makd_llm.data.schema import Columns
 from makd_llm.errors import UserError
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.student import Recipe
+from makd_llm.generation.decoding import Decoding
+from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import Family
 from makd_llm.models.pairing import HIDDEN, Pairing
 from makd_llm.models.projections import Point, Projection
+from makd_llm.objectives.attribution import Attribution
 from makd_llm.objectives.combine import Objectives
 from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Timing
 from makd_llm.objectives.ranking import ranking_loss
@@ -46,7 +51,9 @@ from makd_llm.objectives.terms import (
     relations_term,
 )
 from makd_llm.reshape.reshape import Depth, Heads, Shape, Width
+from makd_llm.train.consolidated import Consolidated
 from makd_llm.train.levels import LevelBalance
+from makd_llm.train.on_policy import Adaptive, OnPolicy, Settings
 
 
 def build_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
@@ -139,7 +146,7 @@ def build_objectives(
     """
     builder = _Terms(distil, family, n_layers, pairing or Pairing.one_to_one(n_layers))
     terms, head = builder.terms(), _head_terms(distil)
-    objectives = Objectives(terms, head, impl=distil.kernels)
+    objectives = Objectives(terms, head, _attributions(distil), impl=distil.kernels)
     if not objectives.levels:
         raise UserError(
             "distil.objectives: every weight is 0; give at least one objective a weight"
@@ -163,6 +170,17 @@ def build_projections(objectives: Objectives, pairing: Pairing) -> dict[Point, P
 
 def _timing(asked: ObjectiveConfig) -> Timing:
     return Timing(asked.every, asked.warmup_steps)
+
+
+def _attributions(distil: DistilConfig) -> dict[str, Attribution]:
+    return {
+        name: Attribution(
+            asked.weight,
+            **asked.model_dump(exclude=set(ObjectiveConfig.model_fields)),
+            timing=_timing(asked),
+        )
+        for name, asked in distil.of(AttributionConfig).items()
+    }
 
 
 def _head_terms(distil: DistilConfig) -> dict[str, HeadTerm]:
@@ -314,6 +332,48 @@ class _Terms:
         return sorted({number % n_layers for number in numbers})
 
 
+def build_on_policy(
+    distil: DistilConfig,
+    data: DataConfig,
+    seed: int,
+    model: CausalModel,
+    eos_ids: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    pad_id: int,
+    validation_loss: Callable[[], float],
+) -> OnPolicy | None:
+    """The student's texts of a distillation, or None where it writes none."""
+    asked = distil.sequences.student
+    if asked is None:
+        return None
+    adaptive = None
+    if asked.adaptive is not None:
+        rule = asked.adaptive
+        adaptive = Adaptive(rule.every, rule.increment, rule.tolerance, validation_loss)
+    settings = Settings(
+        lmbda=asked.lmbda,
+        decoding=Decoding(
+            "sample" if asked.temperature > 0 else "greedy",
+            asked.max_new_tokens,
+            temperature=asked.temperature or 1.0,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            seed=seed,
+        ),
+        batch_size=asked.batch_size,
+        steps=distil.train.steps,
+        max_length=data.max_length,
+        pad_id=pad_id,
+        eos_ids=eos_ids,
+        seed=seed,
+        padding_side=data.padding_side,
+        replay=asked.replay,
+        adaptive=adaptive,
+    )
+    return OnPolicy(settings, Consolidated(model, dtype).writer)
+
+
 def build_schedule(train: TrainConfig) -> Callable[[int], float]:
     """Linear warm-up, then a cosine down to a tenth of the peak, as a function of the step (from
     0).
@@ -379,7 +439,14 @@ def _check_every_step(distil: DistilConfig, objectives: Objectives) -> None:
     """Something has to be learnt on every step, or the optimizer would move by its momentum."""
     for levels in _turns(distil, objectives):
         names = [name for name in objectives.names if objectives.level_of(name) in levels]
-        if all(distil.objectives[name].every > 1 for name in names):
+        own = distil.sequences.student is not None
+        taught = [n for n in names if not own or n not in distil.of(CrossEntropyConfig)]
+        if not taught:
+            raise UserError(
+                "distil.sequences.student: cross-entropy learns nothing from the student's own "
+                "words; give an objective a weight that compares with the teacher on every turn"
+            )
+        if all(distil.objectives[name].every > 1 for name in taught):
             raise UserError(
                 f"distil.objectives: {', '.join(names)} skip steps, and nothing else of that turn "
                 "is learnt on those; set the `every` of one of them to 1"

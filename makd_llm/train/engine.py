@@ -6,7 +6,7 @@ without autograd; nothing can give it a gradient.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
+from makd_llm.data.schema import Example
+from makd_llm.evaluation.perplexity import perplexity
 from makd_llm.models.capture import capture
 from makd_llm.models.causal import AtHead, CausalModel
 from makd_llm.shown import Needs, Shown
@@ -95,6 +97,10 @@ class Trained:
             if schedule is None or "scheduler" in deepspeed_config
             else partial(LambdaLR, lr_lambda=schedule),
         )
+        self.differentiates_twice = (
+            not gradient_checkpointing and not self.engine.zero_optimization_partition_weights()
+        )
+        """Whether a backward can go through a backward: all weights lie there while it runs."""
         self.accumulation_steps: int = self.engine.gradient_accumulation_steps()
         self.data_parallel_size: int = self.engine.dp_world_size
         self.engine.train()
@@ -114,6 +120,16 @@ class Trained:
     def backward(self, loss: Tensor) -> None:
         """Backward by DeepSpeed, which divides by accumulation steps and averages over ranks."""
         self.engine.backward(loss)
+
+    @torch.no_grad()
+    def loss_of(self, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
+        """Cross-entropy of the examples' targets in nats per token, as the model is now.
+        Collective.
+        """
+        self.engine.eval()
+        found = perplexity(self, examples, batch_size=batch_size, pad_id=pad_id)
+        self.engine.train()
+        return found.nats / max(found.tokens, 1)
 
     def step(self) -> None:
         """Counts a micro-batch; at the accumulation boundary, one optimizer step."""

@@ -18,13 +18,14 @@ import torch
 
 from makd_llm import distributed
 from makd_llm.checkpoint.state import Checkpoints
-from makd_llm.data.batch import Batch
+from makd_llm.data.batch import Batch, counts_of
 from makd_llm.data.loader import TrainLoader
 from makd_llm.errors import Diverged, Interrupted
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
 from makd_llm.train.levels import LevelBalance, staged_level
 from makd_llm.train.metrics import Metrics
+from makd_llm.train.on_policy import OnPolicy
 
 StepFn = Callable[[Batch, dict[str, float]], Losses]
 
@@ -54,10 +55,11 @@ class Loop:
         settings: LoopSettings,
         run_dir: Path,
         balance: LevelBalance | None = None,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         self.model, self.objectives, self.loader = model, objectives, loader
         self.checkpoints, self.settings, self.run_dir = checkpoints, settings, run_dir
-        self.balance = balance
+        self.balance, self.on_policy = balance, on_policy
         self.step = 0
         self.bad_in_a_row = 0
         self.skipped = 0
@@ -98,6 +100,7 @@ class Loop:
                 "skipped": self.skipped,
                 "bad_in_a_row": self.bad_in_a_row,
                 "multiplier": self.balance.multiplier if self.balance else {},
+                "on_policy": self.on_policy.state_dict() if self.on_policy else {},
             },
         )
 
@@ -113,6 +116,8 @@ class Loop:
         self.loader.load_state_dict(state["loader"])
         if self.balance:
             self.balance.multiplier = state["multiplier"]
+        if self.on_policy:
+            self.on_policy.load_state_dict(state["on_policy"])
 
     def _one_step(self, step_fn: StepFn, metrics: Metrics, stop: list[int]) -> bool:
         """One optimizer step over all ranks; returns whether any rank was asked to stop."""
@@ -120,23 +125,18 @@ class Loop:
         self.step += 1
         learning_rate = self.model.learning_rate
         self._set_multipliers()
-        batches = self.loader.next_step()
-        counts = torch.tensor(
-            [
-                sum(int(b.n_targets) for b in batches),
-                sum(int(b.n_tokens) for b in batches),
-                len(stop),
-            ],
-            dtype=torch.float64,
-        )
-        targets, tokens, stopping = distributed.sum_over_ranks(counts).tolist()
-        denominators = {"targets": max(targets, 1.0), "tokens": max(tokens, 1.0)}
+        batches = self._batches()
+        mine = counts_of(batches)
+        counts = torch.tensor([*mine.values(), len(stop)], dtype=torch.float64)
+        *totals, stopping = distributed.sum_over_ranks(counts).tolist()
+        denominators = {u: max(n, 1.0) for u, n in zip(mine, totals, strict=True)}
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
             for name, value in step_fn(batch.to(distributed.device()), denominators).sums.items():
                 sums[name] = sums[name] + value if name in sums else value
             self.model.step()
         self._watch(batches, metrics)
+        validation_loss = self.on_policy.after_step(self.step) if self.on_policy else None
         balancing = self.balance is not None and self.balance.due(self.step)
         if (
             balancing
@@ -154,14 +154,28 @@ class Loop:
                     **{f"loss/{name}": value for name, value in means.items()},
                     "gradient_norm": self.model.gradient_norm,
                     "learning_rate": learning_rate,
-                    "tokens": int(tokens),
-                    "tokens_per_second": tokens / seconds,
+                    "tokens": int(denominators["tokens"]),
+                    "tokens_per_second": denominators["tokens"] / seconds,
                     "seconds": seconds,
                     "epoch": self.loader.epoch,
                     "skipped_steps": self.skipped,
+                    **self._own_words(validation_loss),
                 },
             )
         return bool(stopping > 0)
+
+    def _batches(self) -> list[Batch]:
+        """This rank's micro-batches of the step: of the data, or of the student's own writing."""
+        batches = self.loader.next_step()
+        own = self.on_policy.of_step(self.step, batches) if self.on_policy else None
+        self.objectives.own_words = own is not None
+        return batches if own is None else own
+
+    def _own_words(self, validation_loss: float | None) -> dict[str, float]:
+        if self.on_policy is None:
+            return {}
+        found = {"own_words": float(self.objectives.own_words), "own_share": self.on_policy.share}
+        return found if validation_loss is None else {**found, "validation_loss": validation_loss}
 
     def _set_multipliers(self) -> None:
         multiplier = dict.fromkeys(self.objectives.multiplier, 1.0)

@@ -3,8 +3,10 @@
 import torch
 
 from makd_llm.data.batch import Batch
+from makd_llm.objectives.attribution import ask
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.shown import Shown
+from makd_llm.train.attribution import attribution_loss
 from makd_llm.train.engine import Frozen, Trained
 
 
@@ -27,7 +29,19 @@ def distill_step(
     ):
         at_head = objectives.at_head(batch, denominators, teacher_hidden_BTD, teacher_weight_VD)
         model_level = student(batch, at_head, shown_by_student)
+        questions = {
+            name: ask(batch, term, objectives.step, teacher_hidden_BTD, teacher_weight_VD)
+            for name, term in objectives.asked.items()
+        }
     losses = objectives(model_level, shown_by_student, shown_by_teacher, batch, denominators)
+    for name, question in questions.items():
+        term = objectives.attributions[name]
+        exact = term.is_exact(student.differentiates_twice)
+        loss, summed = attribution_loss(
+            student.model, teacher.model, term, batch, question, exact=exact
+        )
+        scale = objectives.scale_of(name) / denominators["records"]
+        losses = losses.plus(name, loss * scale, summed)
     student.backward(losses.total * (student.data_parallel_size * student.accumulation_steps))
     return losses.detached()
 
