@@ -167,7 +167,7 @@ def test_wrong_objectives_of_a_file_are_one_line_under_another_preset_too(
     path = tmp_path / "run.yaml"
     path.write_text(f"distil: {{preset: makd, objectives: {objectives}}}\n")
     for overrides in ([], ["distil.preset=kd"]):
-        with pytest.raises(UserError, match="run.yaml") as caught:
+        with pytest.raises(UserError, match=r"run\.yaml") as caught:
             load_config(path, overrides)
         assert "\n" not in str(caught.value)
 
