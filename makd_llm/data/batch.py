@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from makd_llm.data.schema import Example
@@ -31,7 +32,7 @@ class Batch:
 
     `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`. `targets_N` holds
     the places in the flattened (B·T) batch whose label is not `IGNORE`: known here, on the host, so
-    that picking them on a device makes nobody wait.
+    that picking them on a device makes nobody wait. `keys` names each record by its tokens.
     """
 
     input_ids_BT: torch.Tensor
@@ -41,6 +42,7 @@ class Batch:
     targets_N: torch.Tensor
     record_ids: tuple[str, ...]
     padded_left: bool = False
+    keys: tuple[bytes, ...] = ()
 
     @property
     def token_mask_BT(self) -> torch.Tensor:
@@ -80,6 +82,7 @@ class Batch:
             self.targets_N.to(device, non_blocking=True),
             self.record_ids,
             self.padded_left,
+            self.keys,
         )
 
 
@@ -116,7 +119,16 @@ def collate(
         (labels_BT.flatten() != IGNORE).nonzero().flatten(),
         tuple(example.record_id for example in examples),
         padded_left=padding_side == "left",
+        keys=tuple(key_of(example) for example in examples),
     )
+
+
+def key_of(example: Example) -> bytes:
+    """16 bytes that name an example by its tokens and where its summary begins: the same for the
+    same model input, whatever the record is called.
+    """
+    content = np.array([example.prompt_length, *example.input_ids], dtype="<i8")
+    return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
 
 def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:
