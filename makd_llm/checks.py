@@ -6,8 +6,16 @@ from typing import Any
 from makd_kernels.dispatch import why_not_triton
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
-from makd_llm.config import RunConfig
-from makd_llm.config.objectives import AttentionConfig, LocalConfig, MatrixConfig
+from makd_llm.config import DistilConfig, RunConfig
+from makd_llm.config.objectives import (
+    AttentionConfig,
+    CrossEntropyConfig,
+    HiddenConfig,
+    LocalConfig,
+    LogitsConfig,
+    MatrixConfig,
+    ObjectiveConfig,
+)
 from makd_llm.errors import UserError
 from makd_llm.models.capture import CAPTURING_SDPA, attention_of
 from makd_llm.models.families import check_distillable, family_of
@@ -26,6 +34,8 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
             f"distil.objectives.{replayed[0]} runs parts of the student a second time, which "
             "distil.train.gradient_checkpointing cannot repeat; switch one of them off"
         )
+    if distil.offline is not None:
+        _check_offline(distil)
     no_triton = why_not_triton(distributed.device().type)
     if distil.kernels == "triton" and no_triton is not None:
         raise UserError(f"distil.kernels=triton cannot run here: {no_triton}; set it to auto")
@@ -60,6 +70,17 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
         )
 
 
+def _check_offline(distil: DistilConfig) -> None:
+    """Only what a teacher cache holds can be learnt from it."""
+    kept = (CrossEntropyConfig, LogitsConfig, HiddenConfig)
+    for name, asked in distil.of(ObjectiveConfig).items():
+        if not isinstance(asked, kept):
+            raise UserError(
+                f"distil.objectives.{name} ({asked.objective}) compares what distil.offline does "
+                f"not keep; set distil.objectives.{name}.weight=0, or distil.offline=null"
+            )
+
+
 def check_teacher(folder: Path, config: RunConfig) -> None:
     """A model that cannot teach, a window or token ids beyond its tables. Raises UserError."""
     model = read_config(folder)
@@ -78,6 +99,12 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
         raise UserError(
             f"distil.layer_map: {len(named)} layers are named, but the student will have {layers}; "
             "name a teacher layer for each of them"
+        )
+    offline = config.distil.offline
+    if offline is not None and offline.top_k > model.vocab_size:
+        raise UserError(
+            f"distil.offline.top_k is {offline.top_k}, but {folder} has {model.vocab_size} tokens; "
+            "lower it"
         )
     if is_lowrank(model):
         raise UserError(

@@ -71,7 +71,9 @@ def train(
     overrides: Overrides = None,
     until: Annotated[
         str,
-        typer.Option("--until", help="The last stage: sft, shape, factorize, distil or evaluate."),
+        typer.Option(
+            "--until", help="The last stage: sft, shape, factorize, teach, distil or evaluate."
+        ),
     ] = "evaluate",
     preset: Annotated[
         str | None,
@@ -80,8 +82,8 @@ def train(
     local_rank: LocalRank = 0,
     debug: Debug = False,
 ) -> None:
-    """The whole run: sft, shape, factorize, distil, export, evaluate. Stages whose result stands
-    are skipped.
+    """The whole run: sft, shape, factorize, teach, distil, export, evaluate. Stages whose result
+    stands are skipped.
     """
     if until not in STAGES:
         raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")

@@ -1,4 +1,5 @@
-"""A run from teacher to table: sft -> (shape) -> factorize -> distil -> (merge) -> evaluate.
+"""A run from teacher to table: sft -> (shape) -> factorize -> (teach) -> distil -> (merge) ->
+evaluate.
 
 Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
 while that result stands under the same config. Every function here is collective: all ranks call
@@ -45,17 +46,20 @@ from makd_llm.evaluation.evaluate import (
 from makd_llm.factorize.ladder import name_of
 from makd_llm.files import sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
-from makd_llm.models.pairing import pair
+from makd_llm.models.pairing import Pairing, pair
 from makd_llm.models.projections import Point, Projection, Projections
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import Objectives
 from makd_llm.objectives.head import CrossEntropy
+from makd_llm.offline import manifest
+from makd_llm.offline.read import TeacherCache
 from makd_llm.report.card import student_card
 from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
+from makd_llm.teaching import Teaching
 from makd_llm.train.build import (
     build_balance,
     build_loader,
@@ -78,7 +82,7 @@ from makd_llm.train.deepspeed_config import (
 )
 from makd_llm.train.engine import Frozen, Trained, whole_tensors
 from makd_llm.train.loop import Loop, LoopSettings
-from makd_llm.train.step import distill_step, finetune_step
+from makd_llm.train.step import distill_step, finetune_step, offline_step
 
 SHAPES = {"depth", "width", "heads"}
 """The sections of `student` that the stage `shape` is about; the others are factorize's."""
@@ -98,6 +102,8 @@ class Run:
         self.stages = Stages(self.dir)
         self.cutting = Cutting(config, self.dtype, self.tell)
         self.shape = build_shape(config.student)
+        offline = config.distil.offline is not None
+        self.teaching = Teaching(config, self.dtype, self.tell) if offline else None
         self._check_batches()
         check_settings(config, self.deepspeed, ds_path)
 
@@ -117,6 +123,10 @@ class Run:
                 "student.depth, student.width and student.heads are all null, so there is nothing "
                 "to shape; set one of them"
             )
+        if wanted[-1] == "teach" and self.teaching is None:
+            raise UserError(
+                "distil.offline is null, so there is nothing to write; set distil.offline.top_k"
+            )
         lock = distributed.on_main(_lock, self.dir)
         try:
             self._execute(wanted)
@@ -129,6 +139,8 @@ class Run:
         check_teacher(given, self.config)
         if self.shape is not None:
             check_shape(read_config(given), self.shape)
+        if self.teaching is not None:
+            self.teaching.check_given(given)
         # Looked at first: a split that is missing is not to be found at the end.
         validation_file = self._content_of_data(validation=True) if "evaluate" in wanted else None
         # Whole in the first keys and not as a digest, so that a change can be named.
@@ -148,7 +160,7 @@ class Run:
             after = digest(key)
         if "shape" not in wanted:
             return
-        start = teacher
+        start, tuned = teacher, after
         if self.shape is not None:
             start = self.dir / "shaped"
             key = {**first, "student": self._shape_key(self.shape), "after": after}
@@ -166,11 +178,17 @@ class Run:
         key = {**first, "student": cut, "after": after}
         make = partial(self._factorize, teacher, start, factorized)
         self._stage("factorize", key, factorized, make)
+        cache: Path | None = None
+        before = digest(key)
+        if self.teaching is not None and "teach" in wanted:
+            cache, taught = self._teach(teacher, factorized, {**first, "after": tuned})
+            before = digest({"factorize": before, "teach": taught})
         if "distil" not in wanted:
             return
         student = self.dir / "student"
-        key = self._key("distil", digest(key))
-        self._stage("distil", key, student, partial(self._distil, teacher, factorized, student))
+        key = self._key("distil", before)
+        make = partial(self._distil, teacher, factorized, student, cache)
+        self._stage("distil", key, student, make)
         self._merged(student, {"after": digest(key)})
         if "evaluate" not in wanted:
             return
@@ -223,7 +241,34 @@ class Run:
         section = getattr(self.config, stage).model_dump()
         for free in ("checkpoint_every", "keep_checkpoints", "log_every"):
             section["train"].pop(free)
+        if section.get("offline"):
+            # Where it lies and how it was written is free; what it holds is in the key of `after`.
+            section["offline"] = {"top_k": section["offline"]["top_k"]}
         return {stage: section, "ds": self.deepspeed, "after": after}
+
+    def _teach(self, teacher: Path, factorized: Path, key: Key) -> tuple[Path | None, str | None]:
+        """The cache that the student is to learn from, and a name of what is in it; none where no
+        objective asks the teacher.
+        """
+        assert self.teaching is not None
+        objectives, _ = self._objectives(teacher, factorized)
+        if not objectives.needs_teacher:
+            self.tell("teach: nothing to write, as no objective asks the teacher")
+            return None, None
+        given = self.teaching.offline.cache
+        if given is not None:
+            return given, manifest.read_manifest(given).contents
+        folder = self.dir / "teacher-cache"
+        hidden = sorted(objectives.needs_of_teacher.hidden)
+        key.pop("seed")
+        key["offline"] = {
+            "top_k": self.teaching.offline.top_k,
+            "temperatures": self.teaching.temperatures,
+            "hidden": hidden,
+        }
+        make = partial(self.teaching.write, teacher, hidden, folder, self._frozen)
+        self._stage("teach", key, folder / manifest.FILE, make)
+        return folder, manifest.read_manifest(folder).contents
 
     def _stage(self, name: str, key: Key, result: Path, make: Callable[[], None]) -> None:
         if distributed.on_main(lambda: self.stages.stands(name, key) and result.exists()):
@@ -265,13 +310,24 @@ class Run:
         train = self.config.sft.train
         self._train("sft", given, result, train, objectives, teacher=None)
 
-    def _distil(self, teacher: Path, factorized: Path, result: Path) -> None:
+    def _objectives(self, teacher: Path, factorized: Path) -> tuple[Objectives, Pairing]:
+        """What the student is to learn, and what of it is compared with what of the teacher."""
         config = read_config(factorized)
         check_same_tokenizer(teacher, factorized)
         pairing = pair(config, read_config(teacher), self.config.distil.layer_map)
         objectives = build_objectives(
             self.config.distil, family_of(config), config.num_hidden_layers, pairing
         )
+        return objectives, pairing
+
+    def _distil(self, teacher: Path, factorized: Path, result: Path, cache: Path | None) -> None:
+        """cache: what the teacher has said before; the teacher is not loaded then."""
+        objectives, pairing = self._objectives(teacher, factorized)
+        answers: TeacherCache | None = None
+        if cache is not None and self.teaching is not None:
+            hidden = sorted(objectives.needs_of_teacher.hidden)
+            answers = self.teaching.open(cache, teacher, factorized, hidden)
+            self.tell(f"the teacher is read from {cache}")
         projections = build_projections(objectives, pairing)
         if projections:
             count = sum(p.width * p.teacher_width for p in projections.values())
@@ -287,7 +343,8 @@ class Run:
             result,
             self.config.distil.train,
             objectives,
-            teacher=teacher if objectives.needs_teacher else None,
+            teacher=teacher if objectives.needs_teacher and answers is None else None,
+            answers=answers,
             projections=projections,
         )
 
@@ -300,6 +357,7 @@ class Run:
         objectives: Objectives,
         *,
         teacher: Path | None,
+        answers: TeacherCache | None = None,
         projections: dict[Point, Projection] | None = None,
     ) -> None:
         ds = self._training_config(train, f"{stage}.train")
@@ -355,6 +413,8 @@ class Run:
         )
         if frozen:
             loop.run(lambda batch, counts: distill_step(model, frozen, objectives, batch, counts))
+        elif answers:
+            loop.run(lambda batch, counts: offline_step(model, answers, objectives, batch, counts))
         else:
             loop.run(lambda batch, counts: finetune_step(model, objectives, batch, counts))
         if loader.describe_skipped():

@@ -5,7 +5,7 @@ Plain tensors in plain dataclasses, so that `models` (which captures) and `objec
 compares) need not know each other.
 """
 # B batch, T tokens, H query heads, G key-value heads, D width (of a head where after H or G), M, K
-# matrix out and in
+# matrix out and in; of the likeliest tokens: N summary tokens, K likeliest, S temperatures
 
 from dataclasses import dataclass, field
 
@@ -58,6 +58,20 @@ class AttentionShown:
     """Sliding window in tokens, where the layer has one."""
 
 
+@dataclass(frozen=True)
+class TopTokens:
+    """The likeliest next tokens at a batch's summary tokens, and what all others have together."""
+
+    ids_NK: Tensor
+    """int64, ascending in every row."""
+    log_p_NK: Tensor
+    """Of the softmax over the whole vocabulary, at temperature 1."""
+    log_rest_NS: Tensor
+    """For each temperature tau, the log of the sum of p^(1/tau) over all other tokens; -inf where
+    there are none."""
+    temperatures: tuple[float, ...]
+
+
 @dataclass
 class Shown:
     """What one forward pass showed."""
@@ -77,3 +91,5 @@ class Shown:
     """(layer, source) -> what the layer makes of that input alone, (B, T, D)."""
     idle: Tensor | None = None
     """A zero that keeps in the graph what took part in the forward, but was asked for by nobody."""
+    top: TopTokens | None = None
+    """Of a teacher that is read from a cache."""

@@ -181,6 +181,25 @@ def test_generation_compares_what_writes_the_same(
     assert "tokens/s" in load("readme").generation(rows)
 
 
+def test_a_teachers_cache_is_held_against_the_online_loss(
+    load, monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
+) -> None:
+    out, student = tmp_path / "rows.csv", tmp_path / "student"
+    recipe = Recipe(0.5, method="svd", rank_multiple=2)
+    factorize(tiny / "teacher", student, recipe, [], tokenizer=None, dtype=torch.float32)
+    folders = (str(tiny / "teacher"), str(student), "--data", str(tiny / "train.jsonl"))
+    sizes = ("--window", "48", "--records", "10", "--k", "4", "16", "64", "--dtype", "float32")
+    called(load, monkeypatch, "offline", *folders, *sizes, "--out", str(out))
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert [row["k"] for row in rows] == ["4", "16", "64"]
+    assert len({row["online"] for row in rows}) == 1 and float(rows[0]["online"]) > 0
+    losses = [float(row["difference"]) for row in rows]
+    assert losses == sorted(losses) and losses[0] < losses[-1] < 1e-3
+    sizes_found = [float(row["bytes_per_token"]) for row in rows]
+    assert sizes_found == sorted(sizes_found)
+    assert all(float(row["summary_tokens_per_second"]) > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_decomposition_is_timed_by_the_slowest_rank(
     load, tiny: Path, text: Path, tmp_path: Path

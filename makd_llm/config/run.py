@@ -190,6 +190,19 @@ class ScheduleConfig(Section):
         return self
 
 
+class OfflineConfig(Section):
+    """The teacher runs once, before the student learns; what it says of the training split is read
+    from files (docs/methods/offline.md).
+    """
+
+    top_k: Positive = 64
+    """Tokens whose log-probabilities are kept, at every summary token; all others share one."""
+    batch_size: Positive = 8
+    """Records per rank and forward of the teacher."""
+    cache: Path | None = None
+    """The folder that another run has written; null: the run writes its own, teacher-cache/."""
+
+
 class DistilConfig(Section):
     """The distillation stage. `preset` gives the objectives and what belongs to them; what is given
     beside it wins, and a list of objectives takes the place of the preset's.
@@ -211,6 +224,7 @@ class DistilConfig(Section):
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     """What computes attention_kl, the head's losses and low-rank products; auto takes Triton on a
     GPU where the shape suits it."""
+    offline: OfflineConfig | None = None
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="before")

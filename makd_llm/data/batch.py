@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from makd_llm.data.schema import Example
@@ -32,7 +33,7 @@ class Batch:
     `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`.
     `document_mask_BT` is True at the documents' own tokens, False at templates'. `targets_N` holds
     the places in the flattened (B·T) batch whose label is not `IGNORE`: known here, on the host, so
-    that picking them on a device makes nobody wait.
+    that picking them on a device makes nobody wait. `keys` names each record by its tokens.
     """
 
     input_ids_BT: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     targets_N: torch.Tensor
     record_ids: tuple[str, ...]
     padded_left: bool = False
+    keys: tuple[bytes, ...] = ()
 
     @property
     def token_mask_BT(self) -> torch.Tensor:
@@ -83,6 +85,7 @@ class Batch:
             self.targets_N.to(device, non_blocking=True),
             self.record_ids,
             self.padded_left,
+            self.keys,
         )
 
 
@@ -123,6 +126,7 @@ def collate(
         (labels_BT.flatten() != IGNORE).nonzero().flatten(),
         tuple(example.record_id for example in examples),
         padded_left=padding_side == "left",
+        keys=tuple(key_of(example) for example in examples),
     )
 
 
@@ -137,6 +141,14 @@ def examples_of(batch: Batch) -> list[Example]:
         place = (document[0], document[-1] + 1) if document else None
         found.append(Example(record_id, ids, first, place))
     return found
+
+
+def key_of(example: Example) -> bytes:
+    """16 bytes that name an example by its tokens and where its summary begins: the same for the
+    same model input, whatever the record is called.
+    """
+    content = np.array([example.prompt_length, *example.input_ids], dtype="<i8")
+    return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
 
 def batches_of(examples: Sequence[Example], size: int, pad_id: int) -> list[Batch]:

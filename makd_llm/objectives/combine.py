@@ -9,7 +9,7 @@ count "records"), the matrix and layer levels count all real tokens.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from makd_llm.objectives.attribution import Attribution
 from makd_llm.objectives.head import Compared, CrossEntropy, Divergence, HeadTerm, Outputs
 from makd_llm.objectives.masks import Masks
 from makd_llm.objectives.terms import Place, Term
-from makd_llm.shown import Needs, Shown
+from makd_llm.shown import Needs, Shown, TopTokens
 
 LEVELS = ("matrix", "layer", "model")
 
@@ -150,10 +150,11 @@ class Objectives:
         denominators: Mapping[str, float],
         teacher_hidden_BTE: Tensor | None = None,
         teacher_weight_VE: Tensor | None = None,
+        top: TopTokens | None = None,
     ) -> Callable[[Tensor, Tensor], AtOutput]:
         """The function that the student's head calls with (hidden_BTD, weight_VD): the model level,
         or, where that is off, a zero that keeps the whole model in the graph (ZeRO-3 has to see
-        every module's backward).
+        every module's backward). top: the teacher's side, where it is read from a cache.
         """
         active = {name: term for name, term in self.head.items() if self.scale_of(name) > 0}
         if not active:
@@ -161,7 +162,8 @@ class Objectives:
         scale = {name: self.scale_of(name) / denominators["targets"] for name in active}
 
         def at_head(hidden_BTD: Tensor, weight_VD: Tensor) -> AtOutput:
-            outputs = _outputs(batch, hidden_BTD, weight_VD, teacher_hidden_BTE, teacher_weight_VE)
+            theirs = teacher_hidden_BTE, teacher_weight_VE
+            outputs = replace(_outputs(batch, hidden_BTD, weight_VD, *theirs), top=top)
             losses: list[Tensor] = []
             sums: dict[str, Tensor] = {}
             for pair in _fused(active):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from makd_llm.shown import TopTokens
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -32,13 +34,16 @@ ALWAYS = Timing()
 
 @dataclass(frozen=True)
 class Outputs:
-    """What both models say at the summary's tokens. record_N: which record each is of."""
+    """What both models say at the summary's tokens. record_N: which record each is of; top: what a
+    teacher that is read from a cache says.
+    """
 
     student_ND: Tensor
     student_weight_VD: Tensor
     teacher_NE: Tensor
     teacher_weight_VE: Tensor
     record_N: Tensor
+    top: TopTokens | None = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from makd_llm.objectives.terms import (
     matrix_term,
     relations_term,
 )
+from makd_llm.objectives.topk import topk_divergence
 from makd_llm.reshape.reshape import Depth, Heads, Shape, Width
 from makd_llm.train.consolidated import Consolidated
 from makd_llm.train.levels import LevelBalance
@@ -191,8 +192,11 @@ def _head_terms(distil: DistilConfig) -> dict[str, HeadTerm]:
         if isinstance(asked, CrossEntropyConfig):
             found[name] = CrossEntropy(weight, timing)
         elif isinstance(asked, LogitsConfig):
-            kind = asked.divergence, asked.beta, asked.alpha, asked.temperature
-            found[name] = Divergence(weight, *kind, timing)
+            settings = asked.model_dump(exclude=set(ObjectiveConfig.model_fields))
+            if distil.offline:
+                found[name] = Compared(weight, partial(topk_divergence, **settings), timing)
+            else:
+                found[name] = Divergence(weight, timing=timing, **settings)
         elif isinstance(asked, SinkhornConfig):
             settings = asked.model_dump(exclude=set(ObjectiveConfig.model_fields))
             found[name] = Compared(weight, partial(sinkhorn_cost, **settings), timing)

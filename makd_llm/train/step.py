@@ -5,6 +5,7 @@ import torch
 from makd_llm.data.batch import Batch
 from makd_llm.objectives.attribution import ask
 from makd_llm.objectives.combine import Losses, Objectives
+from makd_llm.offline.read import TeacherCache
 from makd_llm.shown import Shown
 from makd_llm.train.attribution import attribution_loss
 from makd_llm.train.engine import Frozen, Trained
@@ -42,6 +43,23 @@ def distill_step(
         )
         scale = objectives.scale_of(name) / denominators["records"]
         losses = losses.plus(name, loss * scale, summed)
+    student.backward(losses.total * (student.data_parallel_size * student.accumulation_steps))
+    return losses.detached()
+
+
+def offline_step(
+    student: Trained,
+    cache: TeacherCache,
+    objectives: Objectives,
+    batch: Batch,
+    denominators: dict[str, float],
+) -> Losses:
+    """The same from what the teacher has said before."""
+    shown_by_teacher = cache.shown(batch, objectives.needs_of_teacher)
+    with student.capture(objectives.needs_of_student) as shown_by_student:
+        at_head = objectives.at_head(batch, denominators, top=shown_by_teacher.top)
+        model_level = student(batch, at_head, shown_by_student)
+    losses = objectives(model_level, shown_by_student, shown_by_teacher, batch, denominators)
     student.backward(losses.total * (student.data_parallel_size * student.accumulation_steps))
     return losses.detached()
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from makd_llm.data.batch import IGNORE, collate, counts_of, examples_of, prompt_batch
+from makd_llm.data.batch import IGNORE, collate, counts_of, examples_of, key_of, prompt_batch
 from makd_llm.data.prompt import Example
 
 SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
@@ -110,3 +110,19 @@ def test_a_batch_gives_its_examples_back(
         "tokens": 2.0 * int(batch.n_tokens),
         "records": 2.0 * len(whole),
     }
+
+
+def test_examples_are_named_by_their_tokens_and_where_the_summary_begins() -> None:
+    example = Example("r", [5, 6, 7, 8], 2)
+    same = [example, Example("another id", [5, 6, 7, 8], 2)]
+    others = [
+        Example("r", [5, 6, 7, 8], 3),
+        Example("r", [5, 6, 7], 2),
+        Example("r", [2, 5, 6, 7, 8], 2),
+        Example("r", [5, 6, 8, 7], 2),
+    ]
+    for side in SIDES:
+        keys = collate([*same, *others], 0, padding_side=side, multiple_of=4).keys
+        assert keys == tuple(key_of(e) for e in [*same, *others])
+        assert keys[0] == keys[1] and len(set(keys)) == 5 and {len(key) for key in keys} == {16}
+    assert collate(same, 0).to("cpu").keys == (key_of(example),) * 2
