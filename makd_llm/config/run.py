@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from makd_llm.config.objectives import Objective, ObjectiveConfig, by_name, with_kinds
 from makd_llm.config.presets import merged, preset
 from makd_llm.config.section import Fraction, NotNegative, Positive, Role, Section
+from makd_llm.config.sequences import SequencesConfig
 
 Kind = TypeVar("Kind", bound=ObjectiveConfig)
 DEFAULT_PRESET = "makd"
@@ -206,6 +207,8 @@ class DistilConfig(Section):
     weights: Literal["fixed", "balanced"] = "fixed"
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    sequences: SequencesConfig = SequencesConfig()
+    """The targets: the data's own, or the teacher's."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     """What computes attention_kl, the head's losses and low-rank products; auto takes Triton on a
     GPU where the shape suits it."""

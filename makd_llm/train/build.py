@@ -22,6 +22,7 @@ from makd_llm.config.objectives import (
     RelationsConfig,
     SinkhornConfig,
 )
+from makd_llm.config.sequences import GenerationConfig
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import RecordList, RecordStream, load_records
@@ -29,6 +30,7 @@ from makd_llm.data.schema import Columns
 from makd_llm.errors import UserError
 from makd_llm.factorize.refine import Refinement
 from makd_llm.factorize.student import Recipe
+from makd_llm.generation.decoding import Decoding
 from makd_llm.models.families import Family
 from makd_llm.models.pairing import HIDDEN, Pairing
 from makd_llm.models.projections import Point, Projection
@@ -103,6 +105,11 @@ def build_loader(
         shuffle_buffer=data.shuffle_buffer,
         on_bad_record=data.on_bad_record,
     )
+
+
+def build_decoding(generation: GenerationConfig, seed: int) -> Decoding:
+    """How a model is to write."""
+    return Decoding(**generation.model_dump(exclude={"batch_size"}), seed=seed)
 
 
 def build_recipe(student: StudentConfig) -> Recipe:
