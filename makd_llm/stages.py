@@ -13,7 +13,7 @@ from typing import Any
 
 from makd_llm.files import write_whole
 
-STAGES = ("sft", "shape", "factorize", "distil", "evaluate")
+STAGES = ("sft", "shape", "factorize", "write", "distil", "evaluate")
 
 Key = dict[str, Any]
 
