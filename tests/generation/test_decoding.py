@@ -106,6 +106,13 @@ def test_seeds_records_and_copies_give_different_samples(model: Any) -> None:
     assert len(texts) == 4
 
 
+def test_numbers_are_spread_evenly_and_a_longer_text_begins_alike() -> None:
+    numbers = Decoding("sample", 4000).draws_of(7, 1)
+    assert numbers.min() >= 0.0 and numbers.max() < 1.0
+    assert np.histogram(numbers, bins=10, range=(0.0, 1.0))[0].min() > 320
+    assert (Decoding("sample", 50).draws_of(7, 1) == numbers[:50]).all()
+
+
 def drawn(scores_V: list[float], numbers: np.ndarray) -> Tensor:
     """The token that each of the numbers draws."""
     scores_BV = torch.tensor([scores_V]).repeat(len(numbers), 1)

@@ -47,13 +47,15 @@ def test_pieces_in_any_order_become_one_file_in_order(tmp_path: Path) -> None:
     assert pieces_in(tmp_path).begin() is None
 
 
-def test_only_whole_pieces_count_after_an_interruption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [9, 1 + len(json.dumps(lines_of(1)[2], ensure_ascii=False))])
+def test_only_whole_pieces_count_after_an_interruption(tmp_path: Path, lost: int) -> None:
+    """Torn within a line, or between two."""
     pieces = pieces_in(tmp_path)
     pieces.begin()
     write(pieces, [0, 1, 3])
     (tmp_path / "pieces" / ".writing-000002.jsonl").write_text('{"id": "r6"')
     torn = tmp_path / "pieces" / "000001.jsonl"
-    torn.write_text(torn.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    torn.write_text(torn.read_text(encoding="utf-8")[:-lost], encoding="utf-8")
     again = pieces_in(tmp_path)
     assert again.begin() == [1, 2]
     write(again, [1, 2])
