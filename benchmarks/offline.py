@@ -60,7 +60,8 @@ def main() -> None:
     seconds: dict[int, float] = {}
     try:
         for k in asked.k:
-            teaching = Teaching(_config(asked, k), dtype, say)
+            config = _config(asked, k)
+            teaching = Teaching(config, config.data, dtype, say)
             began = time.perf_counter()
             teaching.write(folder, (), scratch / str(k), lambda *_: teacher)
             seconds[k] = time.perf_counter() - began

@@ -49,6 +49,13 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
             f"evaluation.max_new_tokens is {asked.max_new_tokens}, half the window "
             f"(data.max_length {data.max_length}) or more; lower it"
         )
+    if distil.sequences.source == "teacher":
+        new = distil.sequences.generation.max_new_tokens
+        if new >= data.max_length // 2:
+            raise UserError(
+                f"distil.sequences.generation.max_new_tokens is {new}, half the window "
+                f"(data.max_length {data.max_length}) or more; lower it"
+            )
     if asked.text_stride >= asked.text_window:
         raise UserError(
             f"evaluation.text_stride is {asked.text_stride}, not below "
@@ -72,6 +79,11 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
 
 def _check_offline(distil: DistilConfig) -> None:
     """Only what a teacher cache holds can be learnt from it."""
+    if distil.sequences.student is not None:
+        raise UserError(
+            "distil.sequences.student: what the student will write is in no cache; set it to null, "
+            "or distil.offline=null"
+        )
     kept = (CrossEntropyConfig, LogitsConfig, HiddenConfig)
     for name, asked in distil.of(ObjectiveConfig).items():
         if not isinstance(asked, kept):
@@ -114,13 +126,7 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
     windows = {"data.max_length": config.data.max_length}
     if config.evaluation.text is not None:
         windows["evaluation.text_window"] = config.evaluation.text_window
-    positions = getattr(model, "max_position_embeddings", None)
-    for key, window in windows.items():
-        if positions is not None and window > positions:
-            raise UserError(
-                f"{key} is {window}, but {folder} has only {positions} positions "
-                "(max_position_embeddings); lower it"
-            )
+    check_windows(folder, windows)
     # Tokens added for pictures and the like may lie beyond the embedding (Gemma 3's do); these not.
     tokenizer = load_tokenizer(folder)
     used = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -130,6 +136,17 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
             f"{folder}: its tokenizer needs {tokens} tokens, its embedding has {model.vocab_size} "
             "rows; resize the embedding, or give the tokenizer that belongs to the model"
         )
+
+
+def check_windows(folder: Path, windows: dict[str, int]) -> None:
+    """Windows, by the names of their settings, beyond the model's positions. Raises UserError."""
+    positions = getattr(read_config(folder), "max_position_embeddings", None)
+    for key, window in windows.items():
+        if positions is not None and window > positions:
+            raise UserError(
+                f"{key} is {window}, but {folder} has only {positions} positions "
+                "(max_position_embeddings); lower it"
+            )
 
 
 def check_same_tokenizer(teacher: Path, student: Path) -> None:

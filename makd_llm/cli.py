@@ -1,12 +1,12 @@
 """The command line: `makd …`, and `train.py` for the deepspeed launcher.
 
 Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback.
-Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged.
+Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged, 69
+where a server did not answer.
 """
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from makd_llm.errors import Interrupted, RunEnded, UserError
+from makd_llm.cli_generate import generate
+from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.errors import RunEnded, UserError
 from makd_llm.stages import STAGES
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
@@ -37,11 +39,7 @@ Ds = Annotated[
 Config = Annotated[
     Path | None, typer.Option("--config", help="The run's YAML; without it, the demo.")
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)
-]
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> None:
@@ -55,7 +53,7 @@ def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> Non
 
     distributed.quiet()
     # While a stage trains, the loop takes these over: it finishes the step and saves.
-    _stop_at_signals()
+    stop_at_signals()
     run = Run(checked, ds)
     distributed.init()
     try:
@@ -71,9 +69,7 @@ def train(
     overrides: Overrides = None,
     until: Annotated[
         str,
-        typer.Option(
-            "--until", help="The last stage: sft, shape, factorize, teach, distil or evaluate."
-        ),
+        typer.Option("--until", help=f"The last stage: {', '.join(STAGES)}."),
     ] = "evaluate",
     preset: Annotated[
         str | None,
@@ -82,8 +78,8 @@ def train(
     local_rank: LocalRank = 0,
     debug: Debug = False,
 ) -> None:
-    """The whole run: sft, shape, factorize, teach, distil, export, evaluate. Stages whose result
-    stands are skipped.
+    """The whole run: sft, shape, factorize, write, teach, distil, export, evaluate. Stages whose
+    result stands are skipped.
     """
     if until not in STAGES:
         raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")
@@ -183,7 +179,7 @@ def factorize(
     if min(samples, batch) < 1 or (window is not None and window < 2):
         raise UserError("--samples and --batch are at least 1, --window at least 2")
     distributed.quiet()
-    _stop_at_signals()
+    stop_at_signals()
     distributed.init()
     try:
         text = TextSettings(data, held_out, samples, window, batch)
@@ -200,6 +196,9 @@ def factorize(
                     show(stages_table(report["held_out"]["stages"]))
     finally:
         distributed.shutdown()
+
+
+app.command()(generate)
 
 
 @app.command()
@@ -270,16 +269,6 @@ def main(arguments: list[str] | None = None) -> None:
         _end(f"{wrong.format_message()} (makd --help shows what there is)", 2)
     except typer.Abort:
         _end("interrupted; run the same command again to go on", 75)
-
-
-def _stop_at_signals() -> None:
-    """SIGINT too: click would turn it into an end like any other."""
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, _stop)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Interrupted("stopped; the same command goes on from the last stage that stands")
 
 
 def _end(message: str, code: int) -> None:

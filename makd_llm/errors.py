@@ -25,6 +25,14 @@ class Interrupted(RunEnded):
     exit_code = 75
 
 
+class Unavailable(RunEnded):
+    """A service did not answer, however often it was asked; what it answered before is kept, and
+    the same command goes on from it (69: EX_UNAVAILABLE).
+    """
+
+    exit_code = 69
+
+
 class Diverged(RunEnded):
     """Too many steps in a row whose loss or gradient was not finite."""
 

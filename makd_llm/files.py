@@ -1,9 +1,15 @@
 """Small files that are whole or not there, and what says that a file has changed."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from makd_llm import distributed
+from makd_llm.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -13,16 +19,59 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def claimed(folder: Path, name: str) -> Iterator[None]:
+    """Makes the folder and keeps a second run out of it; a killed process's claim goes with it.
+
+    name: the setting that named the folder, for messages. Collective. Raises UserError where
+    another run is at work there, or the folder cannot be written.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    distributed.on_main(_claim, lock, folder, name)
+    try:
+        yield
+    finally:
+        if distributed.is_main():
+            lock.release()
+
+
+def _claim(lock: BaseFileLock, folder: Path, name: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:  # an OSError too, hence first
+        raise UserError(
+            f"{folder}: another run is at work in this folder; wait for it, or set {name}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{name} {folder}: cannot be written ({error.strerror}); choose another"
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Another name to write a file under; it takes the file's place at the end, or goes where the
-    writing fails.
+    writing fails. durable: it is on the disk before it does, and its name after it.
     """
     scratch = path.with_name(f".writing-{path.name}")
     try:
         yield scratch
+        if durable:
+            _sync(scratch)
         scratch.replace(path)
+        if durable:
+            _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

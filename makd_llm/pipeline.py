@@ -1,5 +1,5 @@
-"""A run from teacher to table: sft -> (shape) -> factorize -> (teach) -> distil -> (merge) ->
-evaluate.
+"""A run from teacher to table: sft -> (shape) -> factorize -> (write) -> (teach) -> distil ->
+(merge) -> evaluate.
 
 Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
 while that result stands under the same config. Every function here is collective: all ranks call
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from makd_kernels.attention_kl import choose_impl
 from makd_llm import distributed
@@ -29,7 +28,7 @@ from makd_llm.checkpoint.export import counts_of_folders, merge, write_model
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
-from makd_llm.config import RunConfig, TrainConfig, dump_config
+from makd_llm.config import DataConfig, RunConfig, TrainConfig, dump_config
 from makd_llm.cutting import Cutting
 from makd_llm.data.batch import pad_id_of
 from makd_llm.data.prompt import PromptBuilder, usable_examples
@@ -44,7 +43,7 @@ from makd_llm.evaluation.evaluate import (
     evaluate_text,
 )
 from makd_llm.factorize.ladder import name_of
-from makd_llm.files import sample_of_folder, sha256_of, write_whole
+from makd_llm.files import claimed, sample_of_folder, sha256_of, write_whole
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import Pairing, pair
 from makd_llm.models.projections import Point, Projection, Projections
@@ -59,6 +58,7 @@ from makd_llm.report.plots import factorization_plot, stages_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
+from makd_llm.teacher_summaries import Task, write_with_engine
 from makd_llm.teaching import Teaching
 from makd_llm.train.build import (
     build_balance,
@@ -99,11 +99,13 @@ class Run:
         self.deepspeed = read_deepspeed_config(ds_path)
         self.dtype = dtype_of(self.deepspeed)
         self.dir = config.run_dir.expanduser()
+        self.summaries = self.dir / "teacher-summaries"
         self.stages = Stages(self.dir)
         self.cutting = Cutting(config, self.dtype, self.tell)
         self.shape = build_shape(config.student)
         offline = config.distil.offline is not None
-        self.teaching = Teaching(config, self.dtype, self.tell) if offline else None
+        data = self._data_of("distil")
+        self.teaching = Teaching(config, data, self.dtype, self.tell) if offline else None
         self._check_batches()
         check_settings(config, self.deepspeed, ds_path)
 
@@ -123,16 +125,16 @@ class Run:
                 "student.depth, student.width and student.heads are all null, so there is nothing "
                 "to shape; set one of them"
             )
+        if wanted[-1] == "write" and self.config.distil.sequences.source != "teacher":
+            raise UserError(
+                "distil.sequences.source is not teacher, so there is nothing to write; set it"
+            )
         if wanted[-1] == "teach" and self.teaching is None:
             raise UserError(
                 "distil.offline is null, so there is nothing to write; set distil.offline.top_k"
             )
-        lock = distributed.on_main(_lock, self.dir)
-        try:
+        with claimed(self.dir, "run_dir"):
             self._execute(wanted)
-        finally:
-            if distributed.is_main():
-                _LOCKS.pop(lock).release()
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
         given = resolve_model(self.config.teacher.model)
@@ -158,6 +160,7 @@ class Run:
             key = {**first, **self._key("sft", "")}
             self._stage("sft", key, teacher, partial(self._sft, given, teacher))
             after = digest(key)
+        tuned = after
         if "shape" not in wanted:
             return
         start, tuned = teacher, after
@@ -178,10 +181,18 @@ class Run:
         key = {**first, "student": cut, "after": after}
         make = partial(self._factorize, teacher, start, factorized)
         self._stage("factorize", key, factorized, make)
+        before, written = digest(key), ""
+        if "write" not in wanted:
+            return
+        if self.config.distil.sequences.source == "teacher":
+            key = {**first, **self._write_key(tuned)}
+            self._stage("write", key, self.summaries, partial(self._write, teacher))
+            written = digest(key)
+            before = digest({"factorize": before, "write": written})
         cache: Path | None = None
-        before = digest(key)
         if self.teaching is not None and "teach" in wanted:
-            cache, taught = self._teach(teacher, factorized, {**first, "after": tuned})
+            key = {**first, "after": tuned, **({"written": written} if written else {})}
+            cache, taught = self._teach(teacher, factorized, key)
             before = digest({"factorize": before, "teach": taught})
         if "distil" not in wanted:
             return
@@ -241,10 +252,19 @@ class Run:
         section = getattr(self.config, stage).model_dump()
         for free in ("checkpoint_every", "keep_checkpoints", "log_every"):
             section["train"].pop(free)
+        if stage == "distil":
+            del section["sequences"]["generation"]  # of the stage before, where there is one
         if section.get("offline"):
             # Where it lies and how it was written is free; what it holds is in the key of `after`.
             section["offline"] = {"top_k": section["offline"]["top_k"]}
         return {stage: section, "ds": self.deepspeed, "after": after}
+
+    def _write_key(self, after: str) -> Key:
+        """What the teacher's summaries depend on: how they are written, and the teacher's tuning;
+        not on the student that was cut before.
+        """
+        asked = self.config.distil.sequences.generation
+        return {"generation": asked.model_dump(exclude={"batch_size"}), "after": after}
 
     def _teach(self, teacher: Path, factorized: Path, key: Key) -> tuple[Path | None, str | None]:
         """The cache that the student is to learn from, and a name of what is in it; none where no
@@ -310,6 +330,19 @@ class Run:
         train = self.config.sft.train
         self._train("sft", given, result, train, objectives, teacher=None)
 
+    def _write(self, teacher: Path) -> None:
+        """The teacher's summaries of the training documents, as a data set of their own."""
+        asked = self.config.distil.sequences.generation
+        task = Task(teacher, self.config.data, asked, self.summaries, self.config.seed, anew=True)
+        write_with_engine(task, self.deepspeed, self.tell, self.config.distil.kernels)
+
+    def _data_of(self, stage: str) -> DataConfig:
+        """What a training stage learns from; its documents are the same in either case."""
+        data = self.config.data
+        if stage == "distil" and self.config.distil.sequences.source == "teacher":
+            return data.model_copy(update={"source": str(self.summaries), "limit": None})
+        return data
+
     def _objectives(self, teacher: Path, factorized: Path) -> tuple[Objectives, Pairing]:
         """What the student is to learn, and what of it is compared with what of the teacher."""
         config = read_config(factorized)
@@ -362,10 +395,11 @@ class Run:
     ) -> None:
         ds = self._training_config(train, f"{stage}.train")
         tokenizer = load_tokenizer(start)
-        prompts = build_prompts(self.config.data, tokenizer)
+        data = self._data_of(stage)
+        prompts = build_prompts(data, tokenizer)
         micro = ds["train_micro_batch_size_per_gpu"]
         loader = build_loader(
-            self.config.data,
+            data,
             prompts,
             batch_size=ds["train_batch_size"],
             micro_batch_size=micro,
@@ -520,9 +554,17 @@ class Run:
         distilled = {
             "preset": self.config.distil.preset,
             "steps": f"{train.steps} of {train.batch_size} records of {self.config.data.source}",
+            **self._targets(),
         }
         card = student_card(report, distilled=distilled, evaluation=evaluation)
         write_whole(student / "README.md", card)
+
+    def _targets(self) -> dict[str, str]:
+        """Said where the student did not learn from the references."""
+        asked = self.config.distil.sequences
+        if asked.source == "data":
+            return {}
+        return {"targets": f"the teacher's own summaries ({asked.generation.method})"}
 
     def _steps(
         self, teacher: Path, start: Path, evaluation: Evaluation, measured: dict[str, float]
@@ -551,27 +593,6 @@ class Run:
         }
         write_whole(self.dir / "config.yaml", dump_config(self.config.model_copy(update=told)))
         _write_json(self.dir / "environment.json", _environment())
-
-
-_LOCKS: dict[str, FileLock] = {}
-
-
-def _lock(run_dir: Path) -> str:
-    """Makes the folder and keeps a second run out of it; a killed process's lock goes with it."""
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:  # an OSError too, hence first
-        raise UserError(
-            f"{run_dir}: another run is at work in this folder; wait for it, or set run_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"run_dir {run_dir}: cannot be written ({error.strerror}); choose another"
-        ) from None
-    _LOCKS[str(run_dir)] = lock
-    return str(run_dir)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from makd_llm.files import write_whole
 
-STAGES = ("sft", "shape", "factorize", "teach", "distil", "evaluate")
+STAGES = ("sft", "shape", "factorize", "write", "teach", "distil", "evaluate")
 
 Key = dict[str, Any]
 
@@ -34,21 +34,7 @@ class Stages:
         nothing, or never.
         """
         entry = self._read().get(stage)
-        if entry is None or entry["key"] == _plain(key):
-            return None
-        before, after = _flat(entry["key"]), _flat(_plain(key))
-        missing = object()  # a key that a version does not have differs from one that is null
-        differing = [
-            p for p in [*after, *before] if before.get(p, missing) != after.get(p, missing)
-        ]
-        if not differing:
-            return "an empty section came or went"
-        path = differing[0]
-        if path.endswith("after"):
-            return "the stage before it changed"
-        if path not in before or path not in after:
-            return f"{path} is {'new' if path in after else 'no longer there'}"
-        return f"{path} changed from {before.get(path)!r} to {after.get(path)!r}"
+        return None if entry is None else difference(entry["key"], key)
 
     def mark(self, stage: str, key: Key, *, done: bool) -> None:
         """Records that the stage starts, or that its result stands."""
@@ -62,6 +48,24 @@ class Stages:
         except (FileNotFoundError, ValueError):
             return {}
         return entries
+
+
+def difference(before: Key, after: Key) -> str | None:
+    """What of `after` differs from `before`, in words; None: nothing."""
+    after = _plain(after)
+    if before == after:
+        return None
+    old, new = _flat(before), _flat(after)
+    missing = object()  # a key that a version does not have differs from one that is null
+    differing = [p for p in [*new, *old] if old.get(p, missing) != new.get(p, missing)]
+    if not differing:
+        return "an empty section came or went"
+    path = differing[0]
+    if path.endswith("after"):
+        return "the stage before it changed"
+    if path not in old or path not in new:
+        return f"{path} is {'new' if path in new else 'no longer there'}"
+    return f"{path} changed from {old.get(path)!r} to {new.get(path)!r}"
 
 
 def digest(key: Key) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
-from makd_llm.config import RunConfig
+from makd_llm.config import DataConfig, RunConfig
 from makd_llm.config.objectives import LogitsConfig
 from makd_llm.data.batch import pad_id_of
 from makd_llm.data.records import RecordList, describe_skipped
@@ -32,13 +32,19 @@ from makd_llm.train.engine import Frozen
 
 
 class Teaching:
-    """Asks the teacher as a run's config says, whose `distil.offline` is set. dtype: in which the
-    models run; tell: says a sentence.
+    """Asks the teacher as a run's config says, whose `distil.offline` is set. data: what the
+    student will learn from; dtype: in which the models run; tell: says a sentence.
     """
 
-    def __init__(self, config: RunConfig, dtype: torch.dtype, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: DataConfig,
+        dtype: torch.dtype,
+        tell: Callable[[str], None],
+    ) -> None:
         assert config.distil.offline is not None
-        self.config, self.dtype, self.tell = config, dtype, tell
+        self.config, self.data, self.dtype, self.tell = config, data, dtype, tell
         self.offline = config.distil.offline
         asked = config.distil.of(LogitsConfig).values()
         self.temperatures = tuple(sorted({objective.temperature for objective in asked}))
@@ -139,14 +145,14 @@ class Teaching:
 
     def _plan(self, teacher: Path) -> Plan:
         """The training split as training sees it; as a list, also where training streams it."""
-        data = self.config.data
+        data = self.data
         records = build_records(data.model_copy(update={"streaming": False}))
         assert isinstance(records, RecordList)
         return Plan.of(build_prompts(data, load_tokenizer(teacher)), records, data.on_bad_record)
 
     def _settings(self) -> dict[str, object]:
         """What decides about the records and their cut, by name."""
-        data = self.config.data.model_dump(
+        data = self.data.model_dump(
             exclude={
                 *("validation_source", "validation_split", "padding_side"),
                 *("streaming", "shuffle_buffer"),

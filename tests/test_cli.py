@@ -75,6 +75,17 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["factorize", "x", "--out", "o", "--method", "magic"], "method"),
         (["factorize", "x", "--out", "o", "--dtype", "int3"], "--dtype int3"),
         (["factorize", "x", "--out", "o", "--window", "1"], "--window at least 2"),
+        (["generate", "m", "--out", "o"], "--data is missing"),
+        (["generate", "m", "--data", "d"], "--out"),
+        (["generate", "nowhere/at/all", "--data", "d", "--out", "o"], "nowhere/at/all: no such"),
+        (["generate", "m", "--data", "d", "--out", "o", "--method", "magic"], "method: input"),
+        (
+            ["generate", "m", "--data", "d", "--out", "o", "--per-document", "2"],
+            "command line: greedy decoding has one summary of a document, not 2",
+        ),
+        (["generate", "m", "--data", "d", "--out", "o", "--endpoint", "host"], "no URL of a"),
+        (["generate", "m", "--data", "d", "--out", "o", "--ds", "none.json"], "none.json: no such"),
+        (["generate", "m", "--data", "d", "--out", "o", "data.x=1"], "unknown key data.x"),
         (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
         (["export", "nowhere", "out", "--merge"], "nowhere"),
         (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),
@@ -237,4 +248,5 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("train", "sft", "factorize", "evaluate", "export"))
+    names = ("train", "sft", "factorize", "generate", "evaluate", "export")
+    assert all(name in printed for name in names)

@@ -44,6 +44,11 @@ from makd_llm.errors import UserError
         ("distil.preset=[kd]", "distil.preset"),
         ("distil.layer_map=even", "distil.layer_map: input should be 'origin' or 'uniform'"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
+        (
+            "distil.sequences.generation={per_document: 2}",
+            "distil.sequences.generation: greedy decoding has one summary of a document, not 2",
+        ),
+        ("distil.sequences.source=student", "distil.sequences.source: input should be 'data' or"),
         ("distil=3", "distil: input should be a valid dictionary"),
         ("distil.schedule={kind: staged, matrix: 0, layer: 0, model: 0}", "are all 0"),
         ("seed", "not of the form key.path=value"),
@@ -102,6 +107,14 @@ def test_presets_are_what_they_are_called() -> None:
     assert weights_of("distil.preset=kd") == {"cross_entropy": 0.3, "logits": 1.0}
     assert weights_of("distil.preset=finetune") == {"cross_entropy": 1.0}
     assert set(weights_of("distil.preset=minilm")) == {"relations"}
+    assert weights_of("distil.preset=seqkd") == {"cross_entropy": 1.0}
+
+
+def test_seqkd_alone_has_the_teacher_write_by_beams() -> None:
+    sequences = load_config(None, ["distil.preset=seqkd"]).distil.sequences
+    assert (sequences.source, sequences.generation.method) == ("teacher", "beam")
+    for name in set(preset_names()) - {"seqkd"}:
+        assert load_config(None, [f"distil.preset={name}"]).distil.sequences.source == "data"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -179,3 +192,5 @@ def test_what_a_files_preset_brought_along_goes_with_it(tmp_path: Path) -> None:
     kd = load_config(path, ["distil.preset=kd"])
     assert (kd.distil.schedule.kind, kd.distil.layer_map, kd.seed) == ("joint", "origin", 3)
     assert weights_of("distil.preset=kd", path=path) == {"cross_entropy": 0.3, "logits": 1.0}
+    path.write_text(dump_config(load_config(None, ["distil.preset=seqkd"])))
+    assert load_config(path, ["distil.preset=kd"]).distil.sequences.source == "data"

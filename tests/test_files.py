@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from makd_llm.files import sample_of_folder, write_whole
+from makd_llm.errors import UserError
+from makd_llm.files import claimed, replacing, sample_of_folder, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -13,6 +14,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "new \ud800")
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_claimed_by_one_run_and_freed_at_its_end(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with claimed(folder, "run_dir"):
+        with pytest.raises(UserError, match="another run is at work"), claimed(folder, "run_dir"):
+            pass
+        (folder / "file").touch()
+    with claimed(folder, "run_dir"):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), claimed(folder / "file", "--out"):
+        pass
+
+
+def test_what_is_durable_is_synced_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, named = tmp_path / "a", []
+    monkeypatch.setattr("os.fsync", lambda handle: named.append(path.exists()))
+    with replacing(path, durable=True) as scratch:
+        scratch.write_text("x")
+    assert named == [False, True]
 
 
 @pytest.mark.parametrize("at", [0, 1_000_000, 2_999_999])

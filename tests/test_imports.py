@@ -27,7 +27,9 @@ COMPOSERS = (
     "makd_llm.cutting",
     "makd_llm.teaching",
     "makd_llm.factorization",
+    "makd_llm.teacher_summaries",
     "makd_llm.cli",
+    "makd_llm.cli_generate",
     "makd_llm.testing",
 )
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
@@ -36,6 +38,7 @@ SEEN_ONLY_BY = {
     "makd_llm.train": COMPOSERS,
     "makd_llm.pipeline": ("makd_llm.cli", "makd_llm.factorization"),
     "makd_llm.factorization": ("makd_llm.cli",),
+    "makd_llm.teacher_summaries": ("makd_llm.cli_generate", "makd_llm.pipeline"),
     "makd_llm.cutting": ("makd_llm.pipeline",),
     "makd_llm.teaching": ("makd_llm.pipeline", "makd_llm.testing"),
     "makd_llm.config": (
@@ -43,12 +46,14 @@ SEEN_ONLY_BY = {
         "makd_llm.cutting",
         "makd_llm.teaching",
         "makd_llm.factorization",
+        "makd_llm.teacher_summaries",
         "makd_llm.cli",
+        "makd_llm.cli_generate",
         "makd_llm.checks",
         "makd_llm.testing",
         *BUILDERS,
     ),
-    "makd_llm.checks": ("makd_llm.pipeline",),
+    "makd_llm.checks": ("makd_llm.pipeline", "makd_llm.teacher_summaries"),
     "makd_llm.testing": (),
 }
 

@@ -108,7 +108,8 @@ def _first_line(error: ValidationError, where: str, overrides: list[str]) -> str
     message = problem["msg"].removeprefix("Value error, ")
     single = not isinstance(problem["input"], dict | list | tuple)
     found = f", found {problem['input']!r}" if single else ""
-    return f"{where}: {path}: {message[0].lower() + message[1:]}{found}{more}"
+    place = f"{path}: " if path else ""  # a section by itself, as a command's options give it
+    return f"{where}: {place}{message[0].lower() + message[1:]}{found}{more}"
 
 
 def _location(parts: Sequence[int | str]) -> list[int | str]:

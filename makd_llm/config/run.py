@@ -221,6 +221,7 @@ class DistilConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sequences: SequencesConfig = SequencesConfig()
+    """The targets: the data's own, the teacher's, or the student's."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     """What computes attention_kl, the head's losses and low-rank products; auto takes Triton on a
     GPU where the shape suits it."""

@@ -95,13 +95,44 @@ class PromptBuilder:
         Raises BadRecord if not even the beginning of the document fits, and UserError for a field
         in the template that the record does not have.
         """
+        return self._fit(record, room_for)[1]
+
+    def request(self, record: Record, room_for: int) -> str | list[dict[str, str]]:
+        """The same prompt for a server that tokenizes by itself: a text, or the turns of a chat.
+
+        Raises what `prompt_ids` raises, and UserError where such a server would see other tokens.
+        """
+        document, ids = self._fit(record, room_for)
+        content = self._template.format_map(self._values(record, document))
+        if self._chat:
+            seen = self._encode(self._chat_text(content))
+        else:
+            if self._bos == "always" and self._tokenizer("a")["input_ids"][:1] != [self._bos_id]:
+                content = f"{self._tokenizer.bos_token}{content}"
+            seen = list(self._tokenizer(content, verbose=False)["input_ids"])
+        if seen != ids:
+            raise UserError(
+                f"{record.where}: a server that tokenizes this prompt by itself would see other "
+                f"tokens than a local model does ({len(seen)}, not {len(ids)}; data.prompt.bos is "
+                f"{self._bos!r}); let the local engine write"
+            )
+        return self._turns(content) if self._chat else content
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What a server's chat template has to be told, so that it writes what ours does."""
+        knows = self._chat and "enable_thinking" in str(self._tokenizer.chat_template)
+        return {"enable_thinking": False} if knows else {}
+
+    def _fit(self, record: Record, room_for: int) -> tuple[str, list[int]]:
+        """The document that fits, and the prompt with it."""
         budget = self._max_length - room_for
         if self._max_prompt_length is not None:
             budget = min(budget, self._max_prompt_length)
         document = record.document.strip()
         ids = self._encode_prompt(record, document)
         if len(ids) <= budget:
-            return ids
+            return document, ids
         cut = self._cut if self._tokenizer.is_fast else self._cut_by_search
         fitting = cut(record, document, len(ids) - budget, budget)
         if fitting is None:
@@ -122,11 +153,15 @@ class PromptBuilder:
 
     def check(self, record: Record) -> None:
         """Raise what `example` would raise, mostly without tokenizing the document."""
-        room = self._max_length - len(self.summary_ids(record))
+        self.check_prompt(record, len(self.summary_ids(record)))
+
+    def check_prompt(self, record: Record, room_for: int) -> None:
+        """Raise what `prompt_ids` would raise, likewise."""
+        room = self._max_length - room_for
         if self._max_prompt_length is not None:
             room = min(room, self._max_prompt_length)
         if len(self._frame(record)) + FEW_TOKENS > room:
-            self.example(record)
+            self.prompt_ids(record, room_for)
 
     def describe(self) -> str:
         """The window, the form and the BOS rule in one line."""
@@ -157,11 +192,14 @@ class PromptBuilder:
         text = self._template.format_map(self._values(record, document))
         return self._chat_text(text) if self._chat else text
 
+    def _turns(self, content: str) -> list[dict[str, str]]:
+        """What is said before the assistant speaks."""
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, {"role": "user", "content": content}]
+
     def _chat_text(self, content: str, answer: str | None = None) -> str:
         """The chat up to where the assistant begins, or with the assistant's whole turn."""
-        messages = [{"role": "user", "content": content}]
-        if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system})
+        messages = self._turns(content)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         try:
@@ -250,8 +288,10 @@ class PromptBuilder:
         first = self._tokenizer.convert_ids_to_tokens(self._encode("a"))[0]
         return ("" if first.startswith("▁") else lead), end
 
-    def _cut(self, record: Record, document: str, excess: int, budget: int) -> list[int] | None:
-        """The prompt with as many of the document's tokens as fit; None if not even one does.
+    def _cut(
+        self, record: Record, document: str, excess: int, budget: int
+    ) -> tuple[str, list[int]] | None:
+        """As much of the document as fits, and the prompt with it; None if not one token does.
 
         What is cut off may have been merged with its surroundings, so the prompt is tokenized again
         after each cut, until its own length says that it fits.
@@ -263,22 +303,24 @@ class PromptBuilder:
         keep = len(ends)
         while keep > 1:
             keep = max(keep - excess, 1)
-            ids = self._encode_prompt(record, document[: ends[keep - 1]])
+            fitting = document[: ends[keep - 1]]
+            ids = self._encode_prompt(record, fitting)
             excess = len(ids) - budget
             if excess <= 0:
-                return ids
+                return fitting, ids
         return None
 
     def _cut_by_search(
         self, record: Record, document: str, excess: int, budget: int
-    ) -> list[int] | None:
+    ) -> tuple[str, list[int]] | None:
         """The same for a tokenizer that cannot say where its tokens lie, by bisecting the text."""
         stop = bisect_right(
             range(len(document)),
             budget,
             key=lambda stop: len(self._encode_prompt(record, document[:stop])),
         )
-        return self._encode_prompt(record, document[: stop - 1]) if stop > 1 else None
+        fitting = document[: stop - 1]
+        return (fitting, self._encode_prompt(record, fitting)) if stop > 1 else None
 
     def _no_room(self, record: Record, room_for: int, budget: int) -> BadRecord:
         frame = len(self._frame(record))

@@ -21,7 +21,7 @@ from makd_llm.errors import UserError
 from makd_llm.evaluation import rouge
 from makd_llm.evaluation.baselines import lead_k
 from makd_llm.evaluation.perplexity import Perplexity, perplexity
-from makd_llm.evaluation.summaries import summarize
+from makd_llm.generation.summaries import summarize
 
 
 class Model(Protocol):

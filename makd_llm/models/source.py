@@ -25,12 +25,13 @@ from makd_llm.data.builtin import cache_dir, fetch_builtin_model
 from makd_llm.errors import UserError
 
 BUILTIN = "builtin:"
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+HUB_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.safetensors", *HUB_TEXTS]
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The local folder of a model (config.json, *.safetensors, tokenizer). Safe to call on every
-    rank at once.
+    rank at once. weights: False where the tokenizer is all that is needed.
 
     Raises UserError where there is no such model, its files are incomplete, or a Hub cannot be
     reached.
@@ -45,12 +46,12 @@ def resolve_model(model: str) -> Path:
             )
         return _converted(path)
     if path.is_dir():
-        return _checked_folder(path)
+        return _checked_folder(path) if weights else path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(
             f"{model}: no such folder; teacher.model takes a .gguf file, a folder or a Hub id"
         )
-    return _checked_folder(_from_hub(model))
+    return _checked_folder(_from_hub(model, HUB_FILES)) if weights else _from_hub(model, HUB_TEXTS)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -74,9 +75,9 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"{model}: neither a local folder nor a Hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -29,22 +29,24 @@ def bar_if_watched() -> Progress | None:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Gives a function to be called after each of `total` units. Only rank 0 shows anything."""
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """Gives a function to be called after each of `total` units, or with a number of them. Only
+    rank 0 shows anything.
+    """
     if not distributed.is_main():
-        yield lambda: None
+        yield lambda units=1: None
         return
     if shown := bar_if_watched():
         with shown as bar:
             task = bar.add_task(label, total=total, said="")
-            yield lambda: bar.advance(task)
+            yield lambda units=1: bar.advance(task, units)
         return
     started = spoken = time.monotonic()
     done = 0
 
-    def advance() -> None:
+    def advance(units: int = 1) -> None:
         nonlocal done, spoken
-        done += 1
+        done += units
         now = time.monotonic()
         if now - spoken >= SECONDS_BETWEEN_LINES and done < total:
             spoken = now

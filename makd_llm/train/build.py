@@ -24,6 +24,7 @@ from makd_llm.config.objectives import (
     RelationsConfig,
     SinkhornConfig,
 )
+from makd_llm.config.sequences import GenerationConfig
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.prompt import PromptBuilder
 from makd_llm.data.records import RecordList, RecordStream, load_records
@@ -111,6 +112,11 @@ def build_loader(
         shuffle_buffer=data.shuffle_buffer,
         on_bad_record=data.on_bad_record,
     )
+
+
+def build_decoding(generation: GenerationConfig, seed: int) -> Decoding:
+    """How a model is to write."""
+    return Decoding(**generation.model_dump(exclude={"batch_size"}), seed=seed)
 
 
 def build_recipe(student: StudentConfig) -> Recipe:

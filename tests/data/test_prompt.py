@@ -137,6 +137,33 @@ def test_a_cut_document_uses_the_window(
     assert "�" not in tokenizer.decode(ids)
 
 
+def test_a_tokenizer_that_ends_every_text_is_nothing_for_a_server(
+    plain_bos: Tokenizer, make_record: MakeRecord
+) -> None:
+    with pytest.raises(UserError, match=r"line 1: .* would see other tokens than a local model"):
+        PromptBuilder(plain_bos, max_length=64).request(make_record(LONG, "short"), 10)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "plain_bos"])
+def test_a_server_is_sent_what_becomes_the_same_tokens(
+    name: str, request: pytest.FixtureRequest, make_record: MakeRecord
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    record = make_record(LONG, "short")
+    prompts = PromptBuilder(tokenizer, max_length=64)
+    sent = prompts.request(record, 10)
+    if isinstance(sent, str):
+        seen = tokenizer(sent)["input_ids"]
+    else:
+        assert [turn["role"] for turn in sent] == ["user"]
+        text = tokenizer.apply_chat_template(sent, tokenize=False, add_generation_prompt=True)
+        seen = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert seen == prompts.prompt_ids(record, 10) and len(seen) <= 54
+    prompts.check_prompt(record, 10)
+    with pytest.raises(BadRecord):
+        prompts.check_prompt(record, 63)
+
+
 def test_the_prompt_has_a_limit_of_its_own(plain: Tokenizer, make_record: MakeRecord) -> None:
     prompts = PromptBuilder(plain, max_length=200, max_prompt_length=50)
     short, long = make_record(LONG, "ab"), make_record(LONG, "ab " * 60)

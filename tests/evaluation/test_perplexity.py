@@ -83,7 +83,7 @@ def test_the_batch_size_does_not_matter(model: Any) -> None:
 def on_two_ranks(folder: str) -> tuple[float, int, list[str]]:
     """Sharded, and with 7 examples and 5 prompts for 2 ranks: one of them runs out first."""
     from makd_llm import distributed
-    from makd_llm.evaluation.summaries import summarize
+    from makd_llm.generation.summaries import summarize
     from makd_llm.models.sharded import load_sharded
     from makd_llm.models.source import load_tokenizer
     from makd_llm.train.engine import Frozen

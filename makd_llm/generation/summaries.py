@@ -1,19 +1,11 @@
-"""Summaries that a model writes: greedy, in batches, with a KV cache, on all ranks."""
+"""Summaries of a list of prompts: greedy, in batches, with a KV cache, on all ranks."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from makd_llm import distributed
-from makd_llm.data.batch import Batch, prompt_batch
-
-
-class Generates(Protocol):
-    """What writes: an engine's `generate`."""
-
-    def __call__(self, batch: Batch, **arguments: object) -> Tensor: ...
+from makd_llm.generation.decoding import Decoding, Generates, continuations
 
 
 def summarize(
@@ -31,6 +23,7 @@ def summarize(
     Prompts are sorted by length and dealt out to the ranks, so that batches are even and little is
     padded.
     """
+    decoding = Decoding(max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     share_of = batch_size * distributed.world_size()
     written: dict[int, str] = {}
@@ -39,22 +32,9 @@ def summarize(
         mine = group[distributed.rank() :: distributed.world_size()]
         # A rank without a prompt of its own goes along: sharded weights need every rank in every
         # forward.
-        batch = prompt_batch([prompts[i] for i in mine or group[:1]], pad_id).to(
-            distributed.device()
-        )
-        ids_BT = generate(
-            batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # A model's own generation settings may hold these; then it would not be plain greedy.
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=list(eos_ids),
-            pad_token_id=pad_id,
-        )
-        new_BT = ids_BT[:, batch.input_ids_BT.shape[1] :]
-        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        batch = [prompts[i] for i in mine or group[:1]]
+        found = continuations(generate, batch, decoding, eos_ids=eos_ids, pad_id=pad_id)
+        texts = tokenizer.batch_decode([ids for (ids,) in found], skip_special_tokens=True)
         written.update(zip(mine, (text.strip() for text in texts), strict=False))
     everything: dict[int, str] = {}
     for share in distributed.gather_objects(written):
