@@ -123,6 +123,14 @@ class LocalConfig(ObjectiveConfig):
     inputs: Literal["student", "teacher", "both"] = "both"
 
 
+class AuxiliaryConfig(ObjectiveConfig):
+    """Matrix level: the auxiliary tensors of `distil.over_parameterize` against the teacher's
+    (OPDF).
+    """
+
+    layers: Layers = "all"
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "cross_entropy": CrossEntropyConfig,
     "logits": LogitsConfig,
@@ -133,6 +141,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "hidden": HiddenConfig,
     "relations": RelationsConfig,
     "local": LocalConfig,
+    "auxiliary": AuxiliaryConfig,
 }
 
 

@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from makd_llm.config.objectives import Objective, ObjectiveConfig, by_name, with_kinds
+from makd_llm.config.objectives import (
+    AuxiliaryConfig,
+    Objective,
+    ObjectiveConfig,
+    by_name,
+    with_kinds,
+)
 from makd_llm.config.presets import merged, preset
 from makd_llm.config.section import Fraction, NotNegative, Positive, Role, Section
 
@@ -189,6 +195,18 @@ class ScheduleConfig(Section):
         return self
 
 
+class OverParameterizeConfig(Section):
+    """Matrices that are chains of tensors while they learn, and are contracted for the export
+    (OPDF).
+    """
+
+    tensors: Literal[3, 5, 7, 9] = 5
+    """Of each matrix: one in the middle, as many on either side."""
+    roles: tuple[Role, ...] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
+
+
 class DistilConfig(Section):
     """The distillation stage. `preset` gives the objectives and what belongs to them; what is given
     beside it wins, and a list of objectives takes the place of the preset's.
@@ -203,6 +221,7 @@ class DistilConfig(Section):
     (for hidden states, the last before the next one that was kept), TinyBERT's even spread, or a
     list of the teacher's layers.
     """
+    over_parameterize: OverParameterizeConfig | None = None
     weights: Literal["fixed", "balanced"] = "fixed"
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -228,6 +247,16 @@ class DistilConfig(Section):
     @classmethod
     def _named(cls, given: Any) -> Any:
         return with_kinds(by_name(given))
+
+    @model_validator(mode="after")
+    def _something_auxiliary(self) -> "DistilConfig":
+        if self.over_parameterize is None:
+            for name in self.of(AuxiliaryConfig):
+                raise ValueError(
+                    f"objectives.{name} compares the tensors of over_parameterize, which is null; "
+                    "set that, as {tensors: 5}, or the weight to 0"
+                )
+        return self
 
     def of(self, kind: type[Kind]) -> dict[str, Kind]:
         """The objectives of a kind that are switched on, by name."""
