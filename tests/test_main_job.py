@@ -261,6 +261,7 @@ def test_sigterm_saves_exits_with_its_code_and_the_same_command_goes_on(config: 
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.timeout(900)
 def test_an_over_parameterized_student_is_resumed_and_exported_as_a_plain_one(
     config: Path,
 ) -> None:

@@ -66,7 +66,7 @@ def split_of(shape: tuple[int, int], kind: Kind, tensors: int) -> Split | None:
     The tensors at the ends take about the square root of a factor's outer dimension each, and of a
     dense matrix the cube root of both. Those next to them, where there are any, take about the
     square root of the rank each, or what is left of the dense matrix: the bonds are then about as
-    large as the square root of the matrix, and all tensors together up to three times as large as
+    large as the square root of the matrix, and five tensors together up to three times as large as
     it. Further ones are square.
     """
     if tensors < 3 or tensors % 2 == 0:

@@ -4,6 +4,7 @@ engines, and what is exported.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_what_cannot_be_is_refused(models: dict[str, tuple[Path, Path]]) -> None
     gate = {"over_parameterize": {"roles": ["gate"]}, "objectives": {"auxiliary": {"weight": 0}}}
     with pytest.raises(UserError, match="no matrix of the roles gate whose sizes have divisors"):
         over_parameterized(fused, fused, **gate)
+
+
+def test_a_layer_with_nothing_to_compare_is_refused(
+    models: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all sizes are primes."""
+    from makd_llm.models.tensor_train import split_of
+    from makd_llm.train import over_parameterize
+
+    def without_ends(*asked: Any) -> Any:
+        split = split_of(*asked)
+        return split and replace(split, compared=())
+
+    monkeypatch.setattr(over_parameterize, "split_of", without_ends)
+    with pytest.raises(UserError, match="layer 0 has no auxiliary tensors to be compared"):
+        over_parameterized(*models["llama"])
 
 
 def start_of(folder: Path, student: Path) -> dict[str, Any]:
