@@ -44,9 +44,10 @@ from makd_llm.evaluation.evaluate import (
 )
 from makd_llm.factorize.ladder import name_of
 from makd_llm.files import claimed, sample_of_folder, sha256_of, write_whole
+from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import Pairing, pair
-from makd_llm.models.projections import Point, Projection, Projections
+from makd_llm.models.projections import Projections
 from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.objectives.combine import Objectives
@@ -62,6 +63,7 @@ from makd_llm.teacher_summaries import Task, write_with_engine
 from makd_llm.teaching import Teaching
 from makd_llm.train.build import (
     build_balance,
+    build_chains,
     build_loader,
     build_objectives,
     build_on_policy,
@@ -82,6 +84,7 @@ from makd_llm.train.deepspeed_config import (
 )
 from makd_llm.train.engine import Frozen, Trained, whole_tensors
 from makd_llm.train.loop import Loop, LoopSettings
+from makd_llm.train.over_parameterize import over_parameterize
 from makd_llm.train.step import distill_step, finetune_step, offline_step
 
 SHAPES = {"depth", "width", "heads"}
@@ -368,8 +371,23 @@ class Run:
                 f"projections to the teacher's widths: {len(projections)}, {count / 1e6:.2f} M "
                 "parameters; trained with the student, not exported"
             )
+        chains = build_chains(self.config.distil, objectives)
         kernels = choose_impl(self.config.distil.kernels, distributed.device().type)
         self.tell(f"objectives: {', '.join(objectives.names)}; kernels: {kernels}")
+
+        def prepare(model: CausalModel, ds: dict[str, Any]) -> None:
+            if projections:
+                model.projections = Projections(projections, ds, self.dtype)
+            if chains is not None:
+                counts = over_parameterize(
+                    model, chains, factorized, teacher, pairing, ds, self.dtype
+                )
+                self.tell(
+                    f"over-parameterized: {counts.matrices} matrices, "
+                    f"{counts.numbers / 1e6:.2f} M parameters as {counts.in_tensors / 1e6:.2f} M "
+                    "in tensors; contracted for the export"
+                )
+
         self._train(
             "distil",
             factorized,
@@ -378,7 +396,7 @@ class Run:
             objectives,
             teacher=teacher if objectives.needs_teacher and answers is None else None,
             answers=answers,
-            projections=projections,
+            prepare=prepare,
         )
 
     def _train(
@@ -391,8 +409,9 @@ class Run:
         *,
         teacher: Path | None,
         answers: TeacherCache | None = None,
-        projections: dict[Point, Projection] | None = None,
+        prepare: Callable[[CausalModel, dict[str, Any]], None] = lambda model, ds: None,
     ) -> None:
+        """prepare: called with the model and DeepSpeed's config before that takes the model."""
         ds = self._training_config(train, f"{stage}.train")
         tokenizer = load_tokenizer(start)
         data = self._data_of(stage)
@@ -409,8 +428,7 @@ class Run:
         distilling = stage == "distil"
         held_out = self._held_out(prompts) if distilling else []
         loaded = load_sharded(start, ds, self.dtype, self.config.distil.kernels)
-        if projections:
-            loaded.projections = Projections(projections, ds, self.dtype)
+        prepare(loaded, ds)
         model = Trained(
             loaded,
             ds,

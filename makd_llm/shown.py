@@ -34,6 +34,8 @@ class Needs:
     again: frozenset[tuple[int, str]] = frozenset()
     """(layer, source): layers that are to run once more by themselves, on the input that the
     `student` has there, without its history, or on the `teacher`'s."""
+    auxiliary: frozenset[int] = frozenset()
+    """Layers whose auxiliary tensors are compared."""
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -44,6 +46,7 @@ class Needs:
             self.plain | other.plain,
             self.layer_input | other.layer_input,
             self.again | other.again,
+            self.auxiliary | other.auxiliary,
         )
 
 
@@ -89,6 +92,8 @@ class Shown:
     """(B, T, D)."""
     again: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """(layer, source) -> what the layer makes of that input alone, (B, T, D)."""
+    auxiliary: dict[int, Tensor] = field(default_factory=dict)
+    """How far a layer's auxiliary tensors are from the teacher's: one number for any batch."""
     idle: Tensor | None = None
     """A zero that keeps in the graph what took part in the forward, but was asked for by nobody."""
     top: TopTokens | None = None

@@ -43,6 +43,16 @@ from makd_llm.errors import UserError
         ("distil.objectives.matrix.layers=top", "distil.objectives.matrix.layers"),
         ("distil.preset=[kd]", "distil.preset"),
         ("distil.layer_map=even", "distil.layer_map: input should be 'origin' or 'uniform'"),
+        (
+            "distil.over_parameterize.tensors=4",
+            "distil.over_parameterize.tensors: input should be 3",
+        ),
+        (
+            "distil.objectives.auxiliary.weight=1",
+            "tensors of over_parameterize, which is null; set",
+        ),
+        ("distil.over_parameterize={tensers: 3}", "tensers; did you mean tensors?"),
+        ("distil.over_parameterize.roles=[]", "distil.over_parameterize.roles: tuple should have"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         (
             "distil.sequences.generation={per_document: 2}",
@@ -138,7 +148,8 @@ def test_objectives_are_combined_freely_by_name_or_as_a_list() -> None:
 
 def test_every_kind_of_objective_has_defaults_and_says_its_name() -> None:
     for kind, section in OBJECTIVES.items():
-        given = load_config(None, [f"distil.objectives.{kind}.weight=2"]).distil.objectives[kind]
+        asked = [f"distil.objectives.{kind}.weight=2", "distil.over_parameterize.tensors=3"]
+        given = load_config(None, asked).distil.objectives[kind]
         assert type(given) is section and given.objective == kind and section.__doc__
 
 

@@ -75,12 +75,12 @@ def steps_done(run_dir: Path, stage: str) -> int:
     return max((e["step"] for e in entries if e["stage"] == stage), default=0)
 
 
-def kill_in_the_middle(tiny: Path, run_dir: Path, step: int) -> None:
+def kill_in_the_middle(tiny: Path, run_dir: Path, step: int, *more: str) -> None:
     """Starts the run, and ends every process of it with SIGKILL once distillation has passed
     `step`.
     """
     process = subprocess.Popen(
-        command(tiny, run_dir),
+        command(tiny, run_dir, *more),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -259,6 +259,46 @@ def test_sigterm_saves_exits_with_its_code_and_the_same_command_goes_on(config: 
         assert "objectives: cross_entropy, logits;" in printed
     first, second = (load_file(f / "student" / "model.safetensors") for f in (whole, run_dir))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.timeout(900)
+def test_an_over_parameterized_student_is_resumed_and_exported_as_a_plain_one(
+    config: Path,
+) -> None:
+    """Killed and resumed, it is the same to the last bit as uninterrupted; its files are those of
+    the student that it started from.
+    """
+    more = ("distil.preset=opdf", "sft.enabled=false", "evaluation.stages=false")
+    whole, broken = config / "chains", config / "chains-broken"
+    done = run(config, whole, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "objectives: auxiliary, cross_entropy, logits;" in done.stdout
+    assert "in tensors; contracted for the export" in done.stdout
+    kill_in_the_middle(config, broken, 5, *more)
+    again = run(config, broken, *more)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed at step" in again.stderr
+    first, second, start = (
+        load_file(folder / "model.safetensors")
+        for folder in (whole / "student", broken / "student", whole / "factorized")
+    )
+    assert {n: t.shape for n, t in first.items()} == {n: t.shape for n, t in start.items()}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    configs = [
+        json.loads((whole / n / "config.json").read_text()) for n in ("student", "factorized")
+    ]
+    assert [c.pop("dtype") for c in configs] == ["bfloat16", "float32"], "trained, and as stored"
+    assert configs[0] == configs[1]
+    student = AutoModelForCausalLM.from_pretrained(whole / "student", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(whole / "student-merged", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours, theirs = student(ids).logits, merged(ids).logits
+    assert (ours - theirs).norm() < 0.02 * ours.norm()
+    counted = json.loads((whole / "evaluation.json").read_text())["models"]
+    assert counted["student"]["parameters"] == counted["factorized"]["parameters"]
+    losses = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(loss["loss/auxiliary"] > 0 for loss in losses)
 
 
 def test_a_student_of_another_shape_goes_through_the_whole_run(config: Path) -> None:

@@ -146,6 +146,14 @@ class AttributionConfig(ObjectiveConfig):
     there and under gradient checkpointing."""
 
 
+class AuxiliaryConfig(ObjectiveConfig):
+    """Matrix level: the auxiliary tensors of `distil.over_parameterize` against the teacher's
+    (OPDF).
+    """
+
+    layers: Layers = "all"
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "cross_entropy": CrossEntropyConfig,
     "logits": LogitsConfig,
@@ -157,6 +165,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "hidden": HiddenConfig,
     "relations": RelationsConfig,
     "local": LocalConfig,
+    "auxiliary": AuxiliaryConfig,
 }
 
 

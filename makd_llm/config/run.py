@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from makd_llm.config.objectives import Objective, ObjectiveConfig, by_name, with_kinds
+from makd_llm.config.objectives import (
+    AuxiliaryConfig,
+    Objective,
+    ObjectiveConfig,
+    by_name,
+    with_kinds,
+)
 from makd_llm.config.presets import merged, preset
 from makd_llm.config.section import Fraction, NotNegative, Positive, Role, Section
 from makd_llm.config.sequences import SequencesConfig
@@ -203,6 +209,18 @@ class OfflineConfig(Section):
     """The folder that another run has written; null: the run writes its own, teacher-cache/."""
 
 
+class OverParameterizeConfig(Section):
+    """Matrices that are chains of tensors while they learn, and are contracted for the export
+    (OPDF).
+    """
+
+    tensors: Literal[3, 5, 7, 9] = 5
+    """Of each matrix: one in the middle, as many on either side."""
+    roles: tuple[Role, ...] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
+
+
 class DistilConfig(Section):
     """The distillation stage. `preset` gives the objectives and what belongs to them; what is given
     beside it wins, and a list of objectives takes the place of the preset's.
@@ -217,6 +235,7 @@ class DistilConfig(Section):
     (for hidden states, the last before the next one that was kept), TinyBERT's even spread, or a
     list of the teacher's layers.
     """
+    over_parameterize: OverParameterizeConfig | None = None
     weights: Literal["fixed", "balanced"] = "fixed"
     balance: BalanceConfig = BalanceConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -245,6 +264,16 @@ class DistilConfig(Section):
     @classmethod
     def _named(cls, given: Any) -> Any:
         return with_kinds(by_name(given))
+
+    @model_validator(mode="after")
+    def _something_auxiliary(self) -> "DistilConfig":
+        if self.over_parameterize is None:
+            for name in self.of(AuxiliaryConfig):
+                raise ValueError(
+                    f"objectives.{name} compares the tensors of over_parameterize, which is null; "
+                    "set that, as {tensors: 5}, or the weight to 0"
+                )
+        return self
 
     def of(self, kind: type[Kind]) -> dict[str, Kind]:
         """The objectives of a kind that are switched on, by name."""

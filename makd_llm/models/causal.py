@@ -19,6 +19,7 @@ from makd_llm.data.batch import Batch
 from makd_llm.models.families import Family
 from makd_llm.models.modeling_lowrank import LowRankLinear
 from makd_llm.models.projections import Projections
+from makd_llm.models.tensor_train import OverParameterized, mean_distance
 from makd_llm.shown import Shown
 
 AtHead = Callable[[Tensor, Tensor], Any]
@@ -48,7 +49,8 @@ class CausalModel(nn.Module):
     """Backbone and head of a Hugging Face causal LM, plain or low-rank.
 
     `projections`, where they are set before DeepSpeed takes the module, are learned beside it and
-    bring what a capture shows to a wider teacher's width.
+    bring what a capture shows to a wider teacher's width. `compared`: by layer, the modules whose
+    auxiliary tensors have targets.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -57,6 +59,7 @@ class CausalModel(nn.Module):
         self.family = family
         self.head = Head(cast(nn.Linear | LowRankLinear, model.get_output_embeddings()))
         self.projections: Projections | None = None
+        self.compared: dict[int, list[OverParameterized]] = {}
 
     def forward(
         self,
@@ -88,4 +91,6 @@ class CausalModel(nn.Module):
         if self.projections is not None and shown is not None:
             # Here and not in the capture's hooks, which a checkpointed layer's recomputation lacks.
             self.projections.project(shown, hidden_BTD)
+        if shown is not None:
+            shown.auxiliary |= {n: mean_distance(found) for n, found in self.compared.items()}
         return hidden_BTD if at_head is None else self.head(hidden_BTD, at_head)

@@ -220,6 +220,10 @@ class Pairing:
             )
         return tuple(place for (place,) in places)
 
+    def features(self, layer: int, role: str, *, of_input: bool = False) -> Places | None:
+        """The teacher's outputs, or inputs, that each of a matrix's stands for; None: the same."""
+        return self._places(_TAKES if of_input else _GIVES, layer, role)
+
     def _is_projected(self, places: Places, role: str) -> bool:
         """Queries have one head of the teacher each, so theirs are picked whatever their number."""
         permuted = len(places) == self.teacher.width_of(role)

@@ -230,10 +230,14 @@ class Objectives:
         masks = Masks(batch.token_mask_BT, batch.key_mask_BT)
         active = self.active
         pairs = [pair for term in active.values() for pair in term.pairs]
-        left = Counter(ours for ours, _ in pairs), Counter(theirs for _, theirs in pairs)
+        left: tuple[Counter[Place | None], ...] = tuple(
+            Counter(s) for s in zip(*pairs, strict=True)
+        )
 
-        def compared(*places: Place) -> None:
+        def compared(*places: Place | None) -> None:
             for shown, place, uses in zip((student, teacher), places, left, strict=True):
+                if place is None:
+                    continue
                 uses[place] -= 1
                 if not uses[place]:
                     place.clear(shown)

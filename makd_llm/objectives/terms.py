@@ -50,15 +50,15 @@ class Place:
 @dataclass(frozen=True)
 class Term:
     """One objective: its level, its weight, which places of the student are compared with which of
-    the teacher, and how: distance(student's, teacher's, masks, place of the student), summed over
-    the tokens that count.
+    the teacher (None: none), and how: distance(student's, teacher's, masks, place of the student),
+    summed over the tokens that count; a number of the weights alone is every token's.
     replay: the teacher's inputs that parts of the student are fed, by the place where the teacher
     shows them, where they are fed at all.
     """
 
     level: str
     weight: float
-    pairs: tuple[tuple[Place, Place], ...]
+    pairs: tuple[tuple[Place, Place | None], ...]
     distance: Callable[[Any, Any, Masks, Place], Tensor]
     replay: Callable[[Shown], dict[Key, Tensor]] | None = None
     replayed: Needs = Needs()  # noqa: RUF009 (frozen, and empty)
@@ -72,19 +72,20 @@ class Term:
     @property
     def needs_of_teacher(self) -> Needs:
         """What it needs of the teacher; what is replayed among it."""
-        return _needs(theirs for _, theirs in self.pairs) | self.replayed
+        return _needs(theirs for _, theirs in self.pairs if theirs) | self.replayed
 
     def compare(
         self,
         student: Shown,
         teacher: Shown,
         masks: Masks,
-        compared: Callable[[Place, Place], None] = lambda ours, theirs: None,
+        compared: Callable[[Place, Place | None], None] = lambda ours, theirs: None,
     ) -> Tensor:
         """The mean over all pairs, summed over tokens. compared: called after each pair."""
         total: Tensor | None = None
         for ours, theirs in self.pairs:
-            value = self.distance(ours.of(student), theirs.of(teacher), masks, ours)
+            target = theirs.of(teacher) if theirs else None
+            value = self.distance(ours.of(student), target, masks, ours)
             total = value if total is None else total + value
             compared(ours, theirs)
         assert total is not None
@@ -235,6 +236,21 @@ def local_term(
     return Term(
         "layer", weight, tuple(pairs), distance, replay if fed else None, Needs(layer_input=fed)
     )
+
+
+def auxiliary_term(layers: Sequence[int], *, weight: float) -> Term:
+    """Mean squared error of auxiliary tensors, mean over the given layers (and their matrices).
+
+    It is of the parameters and not of tokens, and is taken where those are whole, in the model. As
+    every token's value, its sum over tokens by their number is itself, whatever the split (ours).
+    Source: OPDF.
+    """
+    pairs = tuple((Place("auxiliary", layer), None) for layer in layers)
+
+    def distance(student: Tensor, teacher: None, masks: Masks, place: Place) -> Tensor:
+        return masks.summed(student.expand(masks.tokens_BT.shape))
+
+    return Term("matrix", weight, pairs, distance)
 
 
 def _needs(places: Any) -> Needs:

@@ -28,6 +28,7 @@ from makd_llm.models.sharded import load_sharded
 from makd_llm.models.source import load_tokenizer
 from makd_llm.objectives.combine import Objectives
 from makd_llm.train.build import (
+    build_chains,
     build_loader,
     build_objectives,
     build_on_policy,
@@ -38,6 +39,7 @@ from makd_llm.train.build import (
 from makd_llm.train.deepspeed_config import frozen_config
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.loop import Loop, LoopSettings
+from makd_llm.train.over_parameterize import over_parameterize
 from makd_llm.train.step import distill_step
 
 BATCH = 4
@@ -124,6 +126,9 @@ def parts(
     projections = build_projections(objectives, pairing)
     if projections:
         model.projections = Projections(projections, ds, torch.float32)
+    chains = build_chains(asked, objectives)
+    if chains is not None:
+        over_parameterize(model, chains, student, folder / "teacher", pairing, ds, torch.float32)
     frozen = frozen_config(ds, micro_batch_size=2)
     return Parts(
         Trained(model, ds, **trained),

@@ -13,6 +13,7 @@ from makd_llm.config import DataConfig, DistilConfig, StudentConfig, TrainConfig
 from makd_llm.config.objectives import (
     AttentionConfig,
     AttributionConfig,
+    AuxiliaryConfig,
     CrossEntropyConfig,
     HiddenConfig,
     Layers,
@@ -46,6 +47,7 @@ from makd_llm.objectives.sinkhorn import sinkhorn_cost
 from makd_llm.objectives.terms import (
     Term,
     attention_term,
+    auxiliary_term,
     hidden_term,
     local_term,
     matrix_term,
@@ -56,6 +58,7 @@ from makd_llm.reshape.reshape import Depth, Heads, Shape, Width
 from makd_llm.train.consolidated import Consolidated
 from makd_llm.train.levels import LevelBalance
 from makd_llm.train.on_policy import Adaptive, OnPolicy, Settings
+from makd_llm.train.over_parameterize import Chains
 
 
 def build_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptBuilder:
@@ -175,6 +178,15 @@ def build_projections(objectives: Objectives, pairing: Pairing) -> dict[Point, P
     return {point: projection for point, projection in found.items() if projection is not None}
 
 
+def build_chains(distil: DistilConfig, objectives: Objectives) -> Chains | None:
+    """How the student is over-parameterized while it learns, or None."""
+    asked = distil.over_parameterize
+    if asked is None:
+        return None
+    layers = [term.needs.auxiliary for term in objectives.terms.values()]
+    return Chains(asked.tensors, asked.roles, frozenset().union(*layers))
+
+
 def _timing(asked: ObjectiveConfig) -> Timing:
     return Timing(asked.every, asked.warmup_steps)
 
@@ -235,6 +247,9 @@ class _Terms:
                 made[name] = self._relations(asked, self._layers(asked.layers, name), name)
             elif isinstance(asked, LocalConfig):
                 made[name] = self._local(asked, self._layers(asked.layers, name), name)
+            elif isinstance(asked, AuxiliaryConfig):
+                layers = self._layers(asked.layers, name)
+                made[name] = auxiliary_term(layers, weight=asked.weight) if layers else None
         timings = {name: _timing(self.distil.objectives[name]) for name in made}
         return {name: replace(t, timing=timings[name]) for name, t in made.items() if t}
 

@@ -22,6 +22,7 @@ from makd_llm.data.schema import Example
 from makd_llm.evaluation.perplexity import perplexity
 from makd_llm.models.capture import capture
 from makd_llm.models.causal import AtHead, CausalModel
+from makd_llm.models.tensor_train import TensorTrain
 from makd_llm.shown import Needs, Shown
 
 
@@ -176,9 +177,16 @@ def _release(engine: deepspeed.DeepSpeedEngine, model: CausalModel) -> None:
 
 
 def whole_tensors(model: CausalModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under their Hugging Face names, one at a time, whole, on the CPU.
-    Collective.
+    """The model's parameters under their Hugging Face names, one at a time, whole, on the CPU; what
+    is over-parameterized as the matrix that it stands for. Collective.
     """
+    trains = {n: m for n, m in model.model.named_modules() if isinstance(m, TensorTrain)}
     for name, parameter in model.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach().to("cpu", copy=True)
+        owner, _, leaf = name.rpartition(".")
+        train = trains.get(owner)
+        if train is None:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach().to("cpu", copy=True)
+        elif leaf == "tensor_0":
+            with deepspeed.zero.GatheredParameters(train.tensors), torch.no_grad():
+                yield owner, train.stored().to("cpu", copy=True)
