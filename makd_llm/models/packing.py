@@ -8,14 +8,14 @@ break-even, the dense product is the faster one. Here, in the decoder layers and
   `down` factors of those that stay factored above the weights of those that are dense;
 - one row is multiplied as a vector, which takes torch a quarter to a third less time on a CPU in
   bfloat16 than a matrix of one row;
-- a pair is multiplied out where that is faster: where R (M + K) numbers and one more call cost more
-  than M K numbers. What a call costs, in numbers, is measured on the device (`numbers_per_call`).
+- a pair is multiplied out where that is clearly faster: where R (M + K) numbers and one more call
+  cost WORTH times as much as M K numbers, since the memory that a pair saves is certain and the
+  time is measured. What a call costs, in numbers, is measured too (`numbers_per_call`).
 
 Source: ours; QKV packing is common practice in inference engines.
 """
 # M outputs, K inputs, R rank, n rows of an input
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
@@ -35,6 +35,11 @@ Shape = tuple[int, int]
 
 SIZES: tuple[Shape, ...] = ((256, 256), (1024, 1024))
 """Of products that are timed beside the model's own."""
+
+WORTH = 1.25
+
+ROUNDS = 9
+"""Of timing."""
 
 POOL_BYTES = 64 * 1024**2
 
@@ -111,7 +116,7 @@ def _cheaper(member: Product, call: float) -> Product:
     if not isinstance(member, LowRankLinear):
         return member
     rows, columns = member.out_features, member.in_features
-    if member.rank * (rows + columns) + call < rows * columns:
+    if member.rank * (rows + columns) + call < WORTH * rows * columns:
         return member
     dense = nn.Linear(columns, rows, bias=False, device="meta")
     dense.weight = nn.Parameter(member.dense_weight(), requires_grad=False)
@@ -208,11 +213,9 @@ def numbers_per_call(
     """
     distinct = sorted(set(shapes), key=lambda shape: shape[0] * shape[1])
     numbers = torch.tensor([float(m * k) for m, k in distinct], dtype=torch.float64)
-    seconds = torch.tensor(
-        [_seconds(shape, rows, device, dtype) for shape in distinct], dtype=torch.float64
-    )
     if len(distinct) < 2:
         raise ValueError("a line is fitted through products of two sizes at least")
+    seconds = torch.tensor(_seconds(distinct, rows, device, dtype), dtype=torch.float64)
     centred = numbers - numbers.mean()
     slope = float((centred * seconds).sum() / centred.square().sum())
     at_0 = float(seconds.mean()) - slope * float(numbers.mean())
@@ -233,20 +236,27 @@ def _shapes(layer: nn.Module, names: Iterable[str]) -> Iterator[Shape]:
                 yield member.out_features, member.in_features
 
 
-def _seconds(shape: Shape, rows: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Of one product, the median over rounds. The weights are more than caches hold."""
-    copies = max(1, min(256, POOL_BYTES // (shape[0] * shape[1] * dtype.itemsize)))
-    pool = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(copies)]
-    x = torch.zeros(rows, 1, shape[1], device=device, dtype=dtype)
-    wait: Callable[[], object] = torch.cuda.synchronize if x.is_cuda else lambda: None
-    calls = max(copies, 32)
-    rounds = []
-    for number in range(6):
-        wait()
-        began = time.perf_counter()
-        for call in range(calls):
-            product_of(x, pool[call % copies], None)
-        wait()
-        if number:  # the first warms up
-            rounds.append((time.perf_counter() - began) / calls)
-    return statistics.median(rounds)
+def _seconds(
+    shapes: Sequence[Shape], rows: int, device: torch.device, dtype: torch.dtype
+) -> list[float]:
+    """Of a product of each shape, the least over rounds that take turns: whatever else the machine
+    does only adds to it. The weights are more than caches hold.
+    """
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    pools = []
+    for m, k in shapes:
+        copies = max(1, min(256, POOL_BYTES // (m * k * dtype.itemsize)))
+        pools.append([torch.zeros(m, k, device=device, dtype=dtype) for _ in range(copies)])
+    least = [float("inf")] * len(shapes)
+    for number in range(ROUNDS + 1):
+        for index, ((_, k), pool) in enumerate(zip(shapes, pools, strict=True)):
+            x = torch.zeros(rows, 1, k, device=device, dtype=dtype)
+            calls = max(len(pool), 32)
+            wait()
+            began = time.perf_counter()
+            for call in range(calls):
+                product_of(x, pool[call % len(pool)], None)
+            wait()
+            if number:  # the first warms up
+                least[index] = min(least[index], (time.perf_counter() - began) / calls)
+    return least

@@ -85,7 +85,8 @@ def test_dense_matrices_stand_in_the_same_product_as_factors() -> None:
     packed = copy.deepcopy(student)
     q, k = (getattr(student.model.layers[0].self_attn, f"{name}_proj") for name in "qk")
     saved = {
-        m: m.out_features * m.in_features - 4 * (m.out_features + m.in_features) for m in (q, k)
+        m: packing.WORTH * m.out_features * m.in_features - 4 * (m.out_features + m.in_features)
+        for m in (q, k)
     }
     assert saved[k] < saved[q]
     assert pack(packed, call=saved[k]).merged > 0
@@ -108,7 +109,9 @@ def test_a_teacher_may_be_packed_too(model_type: str, before: int, after: int) -
 
 
 def test_a_call_costs_the_line_at_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_seconds", lambda shape, *_: 5.0 + 0.01 * shape[0] * shape[1])
+    monkeypatch.setattr(
+        packing, "_seconds", lambda shapes, *_: [5.0 + 0.01 * m * k for m, k in shapes]
+    )
     found = numbers_per_call([(8, 8), (32, 8), (64, 16)], torch.device("cpu"), torch.float32, 1)
     assert found == pytest.approx(500.0)
 
