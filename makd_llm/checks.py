@@ -9,6 +9,7 @@ from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import DistilConfig, RunConfig
 from makd_llm.config.objectives import (
     AttentionConfig,
+    AttributionConfig,
     CrossEntropyConfig,
     HiddenConfig,
     LocalConfig,
@@ -36,6 +37,7 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
         )
     if distil.offline is not None:
         _check_offline(distil)
+    _check_second_order(distil, deepspeed, ds_path)
     no_triton = why_not_triton(distributed.device().type)
     if distil.kernels == "triton" and no_triton is not None:
         raise UserError(f"distil.kernels=triton cannot run here: {no_triton}; set it to auto")
@@ -75,6 +77,20 @@ def check_settings(config: RunConfig, deepspeed: dict[str, Any], ds_path: Path) 
             f"{ds_path}: stage 0 in fp32 does not notice gradients that are not finite; "
             "set zero_optimization.stage to 1, 2 or 3, or enable bf16"
         )
+
+
+def _check_second_order(distil: DistilConfig, deepspeed: dict[str, Any], ds_path: Path) -> None:
+    """A backward through the backward needs all weights, and every layer's graph."""
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    why = f"{ds_path} has ZeRO-3" if stage == 3 else None
+    if distil.train.gradient_checkpointing:
+        why = "distil.train.gradient_checkpointing is on"
+    for name, asked in distil.of(AttributionConfig).items():
+        if why and asked.method == "gradients" and asked.second_order == "exact":
+            raise UserError(
+                f"distil.objectives.{name}.second_order is exact, which cannot be where {why}; "
+                "set it to auto, or to differences"
+            )
 
 
 def _check_offline(distil: DistilConfig) -> None:

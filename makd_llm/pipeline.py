@@ -436,16 +436,18 @@ class Run:
             schedule=build_schedule(train),
         )
         frozen = self._frozen(teacher, micro) if teacher else None
-        own = build_on_policy(
-            self.config.distil,
-            self.config.data,
-            self.config.seed,
-            loaded,
-            prompts.eos_ids,
-            dtype=self.dtype,
-            pad_id=pad_id_of(tokenizer),
-            validation_loss=lambda: model.loss_of(held_out, micro, pad_id_of(tokenizer)),
-        )
+        on_policy = None
+        if distilling:
+            on_policy = build_on_policy(
+                self.config.distil,
+                data,
+                self.config.seed,
+                loaded,
+                prompts.eos_ids,
+                dtype=self.dtype,
+                pad_id=pad_id_of(tokenizer),
+                validation_loss=lambda: model.loss_of(held_out, micro, pad_id_of(tokenizer)),
+            )
         loop = Loop(
             model,
             objectives,
@@ -461,7 +463,7 @@ class Run:
             ),
             self.dir,
             build_balance(self.config.distil) if distilling else None,
-            own if distilling else None,
+            on_policy,
         )
         if frozen:
             loop.run(lambda batch, counts: distill_step(model, frozen, objectives, batch, counts))

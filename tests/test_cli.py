@@ -41,6 +41,17 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "--ds", ZERO3, "student.keep_ratio=7"], "student.keep_ratio"),
         (["train", "--ds", ZERO3, "studnet.keep_ratio=0.5"], "did you mean student?"),
         (["train", "--ds", ZERO3, "--oops"], "--oops"),
+        (
+            [
+                *("train", "--ds", ZERO3, "--preset", "adkd"),
+                "distil.objectives.attribution.second_order=exact",
+            ],
+            "distil.objectives.attribution.second_order is exact, which cannot be where",
+        ),
+        (
+            ["train", "--ds", ZERO3, "--preset", "gkd", "distil.offline.top_k=8"],
+            "what the student will write is in no cache",
+        ),
         (["train", "--ds", ZERO3, "--preset", "mkad"], "no preset 'mkad'; did you mean makd?"),
         (
             [
