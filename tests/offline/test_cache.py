@@ -74,7 +74,8 @@ def config(tiny: Path, **changes: Any) -> RunConfig:
 def write(tiny: Path, out: Path, delay: float = 0.0, **changes: Any) -> list[str]:
     """Writes a cache of the tiny teacher; what was said."""
     said: list[str] = []
-    teaching = Teaching(config(tiny, **changes), torch.float32, said.append)
+    made = config(tiny, **changes)
+    teaching = Teaching(made, made.data, torch.float32, said.append)
     teaching.write(tiny / "teacher", HIDDEN, out, lambda folder, size: Plain(folder, delay))
     return said
 

@@ -49,7 +49,8 @@ def cache_of(folder: Path, student: Path, distil: dict[str, Any]) -> TeacherCach
     """Written by all ranks together, under ZeRO-3."""
     data = {"source": str(folder / "train.jsonl"), "max_length": 64}
     named = {"teacher": {"model": "tiny"}, "data": data, "distil": distil}
-    teaching = Teaching(RunConfig.model_validate(named), torch.float32, lambda text: None)
+    config = RunConfig.model_validate(named)
+    teaching = Teaching(config, config.data, torch.float32, lambda text: None)
     top_k = distil["offline"]["top_k"]
     out = folder / f"cache-{distributed.world_size()}-{top_k}"
     ds = frozen_config(sizes(distributed.world_size(), 1), micro_batch_size=2)
