@@ -356,7 +356,9 @@ class Run:
         )
         return objectives, pairing
 
-    def _distil(self, teacher: Path, factorized: Path, result: Path, cache: Path | None) -> None:
+    def _distil(
+        self, teacher: Path, factorized: Path, result: Path, cache: Path | None = None
+    ) -> None:
         """cache: what the teacher has said before; the teacher is not loaded then."""
         objectives, pairing = self._objectives(teacher, factorized)
         answers: TeacherCache | None = None

@@ -239,7 +239,7 @@ def of_stage_two(folder: str, world: int, micro: int) -> dict[str, Tensor]:
         "objectives": {
             "cross_entropy": {"weight": 0.0},
             "logits": {"weight": 0.0},
-            "attribution": {"second_order": "exact"},
+            "attribution": {"second_order": "exact", "every": 1},
         },
     }
     return gradients(Path(folder), student, sizes(world, micro, stage=2), distil=distil)
