@@ -429,10 +429,13 @@ def test_a_narrower_student_is_compared_with_the_features_that_it_kept(reshaped:
 
 def test_the_objective_of_a_run_is_one_number_for_any_batch() -> None:
     """As every token's value: its sum over tokens, by their number, is itself."""
+    from makd_llm.objectives.masks import Masks
     from makd_llm.objectives.terms import auxiliary_term
     from makd_llm.shown import Needs, Shown
 
     term = auxiliary_term([0, 3], weight=1.0)
     assert term.needs == Needs(auxiliary=frozenset({0, 3})) and term.needs_of_teacher == Needs()
     student = Shown(auxiliary={0: torch.tensor(0.5), 3: torch.tensor(0.25)})
-    assert float(term.compare(student, Shown(), None)) == 0.375
+    for tokens in (torch.ones(1, 1), torch.tensor([[1, 1, 0], [1, 0, 0]])):
+        found = term.compare(student, Shown(), Masks(tokens.bool()))
+        assert float(found / tokens.sum()) == 0.375
