@@ -1,6 +1,7 @@
 """A run whose student writes: through the command, with a validation loss that sets its share."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_share_follows_the_validation_loss(tiny: Path, tmp_path: Path) -> No
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     measured = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(measured) == 3
-    rose = [b >= a for a, b in zip(measured, measured[1:], strict=False)]
+    rose = [b >= a for a, b in pairwise(measured)]
     expected = [0.5, 0.5, 0.5, 1.0 if rose[0] else 0.5, 1.0 if rose[0] else 0.5]
     assert [line["own_share"] for line in lines[:5]] == expected
     assert {line["own_words"] for line in lines} == {0.0, 1.0}
