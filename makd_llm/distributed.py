@@ -38,6 +38,10 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 T = TypeVar("T")
 
 
+_GROUP_OF_ONE: dict[str, str] = {}
+"""What `init` has put into the environment, where no launcher had."""
+
+
 def init() -> None:
     """Join the process group that the launcher's environment describes, or make a group of one.
 
@@ -48,13 +52,14 @@ def init() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if "RANK" not in os.environ and not dist.is_initialized():
-        os.environ.update(
+        _GROUP_OF_ONE.update(
             RANK="0",
             WORLD_SIZE="1",
             LOCAL_RANK="0",
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
+        os.environ.update(_GROUP_OF_ONE)
     accelerator = get_accelerator()
     accelerator.set_device(local_rank())
     # By this variable DeepSpeed learns that all CPU ranks share a machine, and then lays 66 MiB of
@@ -98,6 +103,9 @@ def shutdown() -> None:
     """Leave the process group, if there is one. To be called by every rank at a run's end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in _GROUP_OF_ONE:  # its port is free again, and may soon be somebody else's
+        os.environ.pop(name, None)
+    _GROUP_OF_ONE.clear()
 
 
 def rank() -> int:

@@ -89,11 +89,11 @@ def test_everything_works_without_a_process_group() -> None:
 def test_init_makes_a_group_of_one_for_a_plain_python() -> None:
     program = (
         "from makd_llm import distributed as d\n"
-        "import torch.distributed as dist, torch\n"
+        "import os, torch.distributed as dist, torch\n"
         "d.init(); d.init()\n"
         "assert dist.is_initialized() and (d.rank(), d.world_size()) == (0, 1)\n"
         "dist.all_reduce(torch.ones(1, device=d.device()))\n"
-        "d.shutdown(); print('well')\n"
+        "d.shutdown(); assert 'MASTER_PORT' not in os.environ; print('well')\n"
     )
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launcher}

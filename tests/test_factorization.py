@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import makd_llm  # noqa: F401  (makes the Auto classes know the student)
 from makd_llm.cli import main
-from makd_llm.testing import tiny_config
+from makd_llm.testing import environment_alone, tiny_config
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_ctrl_c_ends_with_75(tiny: Path, text: Path, tmp_path: Path) -> None:
     command += ["--out", str(tmp_path / "student"), "--data", str(text), "--samples", "2000"]
     command += ["--window", "128", "--method", "sequential", "--budget", "uniform"]
     command += ["--rank-multiple", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_alone())
     parts = tmp_path / ".student.parts" / "factors"
     deadline = time.monotonic() + 120
     while not list(parts.glob("*.safetensors")) and time.monotonic() < deadline:

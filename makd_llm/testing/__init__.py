@@ -160,6 +160,14 @@ def run_on_ranks(
     return decorate
 
 
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_alone() -> dict[str, str]:
+    """This environment without a process group's names: for a process that is to make its own."""
+    return {name: value for name, value in os.environ.items() if name not in GROUP}
+
+
 def launch_ranks(
     world_size: int,
     fn: Callable[..., Any],

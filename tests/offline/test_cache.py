@@ -30,6 +30,7 @@ from makd_llm.offline.read import TeacherCache
 from makd_llm.offline.shards import Answer, Shard, is_whole, name_of, write_shard
 from makd_llm.shown import Needs, Shown
 from makd_llm.teaching import Teaching
+from makd_llm.testing import environment_alone
 from makd_llm.train.build import build_prompts, build_records
 
 HIDDEN = (1, 3)
@@ -161,7 +162,9 @@ def test_killed_and_resumed_equals_uninterrupted_byte_for_byte(
 ) -> None:
     broken = tmp_path / "broken"
     call = "import runpy, sys; runpy.run_path(sys.argv[1])['in_a_process'](*sys.argv[2:])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    environment = environment_alone() | {
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", call, __file__, str(tiny), str(broken)],
         env=environment | {"DS_ACCELERATOR": "cpu"},
