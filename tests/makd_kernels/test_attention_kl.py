@@ -267,9 +267,9 @@ def test_never_holds_a_map() -> None:
     teacher, student = inputs(1, 2, 1, tokens, 8), inputs(1, 2, 1, tokens, 8, seed=1)
     choices = Settings(0.3, 0.3, True, None, "forward_kl", 0.5)
     with LargestTensor() as seen:  # it cannot see into an operator, so the operator's parts
-        values = blockwise.values(*teacher, *student, None, None, None, choices)
+        values = blockwise.Sweep(*teacher, *student, None, None, None, choices).values()
         weights = torch.ones_like(values)
-        blockwise.gradients(*teacher, *student, None, None, None, choices, weights)
+        blockwise.Sweep(*teacher, *student, None, None, None, choices).gradients(weights)
     assert seen.largest <= tokens * max(2 * 4, 2 * 8), seen.largest  # R x block x T, H x T x D
 
 

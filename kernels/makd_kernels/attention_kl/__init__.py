@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from makd_kernels.attention_kl.blockwise import values_and_gradients
+from makd_kernels.attention_kl.blockwise import Sweep
 from makd_kernels.attention_kl.op import attention_kl_op
 from makd_kernels.attention_kl.reference import attention_kl_reference
 from makd_kernels.attention_kl.settings import DIVERGENCES, HIDDEN, LARGEST_HEAD, Settings
@@ -104,17 +104,7 @@ def attention_kl(
         head_map,
         impl,
     )
-    if asked.impl == "triton":
-        return _values(asked, attention_mask_BT, asked.pairs)
-    teacher, student = asked.teacher, asked.student
-    if asked.impl == "reference":
-        per_pair_BPT = attention_kl_reference(
-            *teacher[:2], *student[:2], attention_mask_BT, asked.settings
-        )
-    else:
-        in_order = (list(range(teacher[0].shape[1])), [1] * teacher[0].shape[1])
-        per_pair_BPT = _values(asked, attention_mask_BT, in_order)
-    return _by_head(per_pair_BPT, asked.pairs[1])
+    return _values(asked, attention_mask_BT)
 
 
 class AttentionLoss(NamedTuple):
@@ -171,21 +161,7 @@ def attention_kl_loss(
             *asked.student[:2], weight_BPT, *asked.teacher[:2], attention_mask_BT, asked.settings
         )
         return AttentionLoss(loss, _by_head(per_pair_BPT, asked.pairs[1]))
-    values_BHT = attention_kl(
-        q_teacher_BHTD,
-        k_teacher_BGTD,
-        q_student_BHTD,
-        k_student_BGTD,
-        scale_teacher=scale_teacher,
-        scale_student=scale_student,
-        causal=causal,
-        window=window,
-        attention_mask_BT=attention_mask_BT,
-        head_map=head_map,
-        divergence=divergence,
-        beta=beta,
-        impl=impl,
-    )
+    values_BHT = _values(asked, attention_mask_BT)
     return AttentionLoss((values_BHT * weight_BT.detach()[:, None]).sum(), values_BHT.detach())
 
 
@@ -203,8 +179,9 @@ class _OnePass(torch.autograd.Function):
         mask_BT: Tensor | None,
         settings: Settings,
     ) -> tuple[Tensor, Tensor]:
-        sides = (q_teacher, k_teacher, q_student, k_student)
-        values_BPT, dq, dk = values_and_gradients(*sides, mask_BT, None, None, settings, weight_BPT)
+        sweep = Sweep(q_teacher, k_teacher, q_student, k_student, mask_BT, None, None, settings)
+        values_BPT, dq, dk = sweep.gradients(weight_BPT, with_values=True)
+        assert values_BPT is not None
         ctx.save_for_backward(dq, dk)
         ctx.mark_non_differentiable(values_BPT)
         return (values_BPT * weight_BPT).sum(), values_BPT
@@ -305,7 +282,22 @@ def _by_head(per_pair_BPT: Tensor, counts: list[int]) -> Tensor:
     return torch.stack([part.mean(1) for part in per_pair_BPT.split(counts, dim=1)], dim=1)
 
 
-def _values(
+def _values(asked: _Asked, attention_mask_BT: Tensor | None) -> Tensor:
+    """(B, H, T) by the implementation that was asked for."""
+    if asked.impl == "triton":
+        return _from_op(asked, attention_mask_BT, asked.pairs)
+    teacher, student = asked.teacher, asked.student
+    if asked.impl == "reference":
+        per_pair_BPT = attention_kl_reference(
+            *teacher[:2], *student[:2], attention_mask_BT, asked.settings
+        )
+    else:
+        in_order = (list(range(teacher[0].shape[1])), [1] * teacher[0].shape[1])
+        per_pair_BPT = _from_op(asked, attention_mask_BT, in_order)
+    return _by_head(per_pair_BPT, asked.pairs[1])
+
+
+def _from_op(
     asked: _Asked, attention_mask_BT: Tensor | None, pairs: tuple[list[int], list[int]]
 ) -> Tensor:
     teacher = asked.teacher

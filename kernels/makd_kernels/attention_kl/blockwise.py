@@ -94,75 +94,9 @@ class _Visibility:
         return _Mask(columns, factor, (factor - 1.0) * -HIDDEN)
 
 
-def values(
-    q_teacher_BHTD: Tensor,
-    k_teacher_BGTD: Tensor,
-    q_student_BHTD: Tensor,
-    k_student_BGTD: Tensor,
-    attention_mask_BT: Tensor | None,
-    lse_teacher_BHT: Tensor | None,
-    lse_student_BHT: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """(B, H, T) divergence per query; both sides have H heads. See `attention_kl`."""
-    return _Sweep(
-        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
-        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
-        attention_mask_BT,
-        settings,
-    ).values()
-
-
-def gradients(
-    q_teacher_BHTD: Tensor,
-    k_teacher_BGTD: Tensor,
-    q_student_BHTD: Tensor,
-    k_student_BGTD: Tensor,
-    attention_mask_BT: Tensor | None,
-    lse_teacher_BHT: Tensor | None,
-    lse_student_BHT: Tensor | None,
-    settings: Settings,
-    grad_BHT: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The student's (dq_BHTD, dk_BGTD) for the gradient `grad_BHT` of the values."""
-    sweep = _Sweep(
-        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
-        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
-        attention_mask_BT,
-        settings,
-    )
-    _, dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT)
-    return dq_BHTD, _summed_back(dk_BHTD, k_student_BGTD)
-
-
-def values_and_gradients(
-    q_teacher_BHTD: Tensor,
-    k_teacher_BGTD: Tensor,
-    q_student_BHTD: Tensor,
-    k_student_BGTD: Tensor,
-    attention_mask_BT: Tensor | None,
-    lse_teacher_BHT: Tensor | None,
-    lse_student_BHT: Tensor | None,
-    settings: Settings,
-    grad_BHT: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both at once, for a gradient of the values that is known before they are: the scores are made
-    once. Returns (values_BHT, dq_BHTD, dk_BGTD).
-    """
-    sweep = _Sweep(
-        (q_teacher_BHTD, k_teacher_BGTD, lse_teacher_BHT),
-        (q_student_BHTD, k_student_BGTD, lse_student_BHT),
-        attention_mask_BT,
-        settings,
-    )
-    values_BHT, dq_BHTD, dk_BHTD = sweep.gradients(grad_BHT, with_values=True)
-    assert values_BHT is not None
-    return values_BHT, dq_BHTD, _summed_back(dk_BHTD, k_student_BGTD)
-
-
-def _summed_back(dk_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
+def _summed_back(dk_BHTD: Tensor, key_heads: int) -> Tensor:
     """The gradient of keys that were repeated, if they were."""
-    shared = dk_BHTD.shape[1] // k_BGTD.shape[1]
+    shared = dk_BHTD.shape[1] // key_heads
     return dk_BHTD.unflatten(1, (-1, shared)).sum(2) if shared > 1 else dk_BHTD
 
 
@@ -170,18 +104,23 @@ def _one_key_per_head(q_BHTD: Tensor, k_BGTD: Tensor) -> Tensor:
     return k_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
 
 
-class _Sweep:
-    """One pass over all slabs, with the buffers that they share."""
+class Sweep:
+    """One pass over all slabs, with the buffers that they share; both sides have H heads. See
+    `attention_kl`.
+    """
 
     def __init__(
         self,
-        teacher: tuple[Tensor, Tensor, Tensor | None],
-        student: tuple[Tensor, Tensor, Tensor | None],
+        q_teacher: Tensor,
+        k_teacher: Tensor,
+        q_student: Tensor,
+        k_student: Tensor,
         mask_BT: Tensor | None,
+        lse_teacher: Tensor | None,
+        lse_student: Tensor | None,
         settings: Settings,
     ) -> None:
-        q_teacher, k_teacher, lse_teacher = teacher
-        q_student, k_student, lse_student = student
+        self.key_heads = k_student.shape[1]
         self.formula: Formula = DIVERGENCES[settings.divergence](settings.beta, 0.0)
         self.softmax = settings.divergence != "logit_mse"
         if k_teacher.shape[1] != k_student.shape[1]:
@@ -236,7 +175,8 @@ class _Sweep:
         self, grad_BHT: Tensor, *, with_values: bool = False
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """(values_BHT if asked for, and the student's dq_BHTD and dk_BGTD for the gradient
-        `grad_BHT` of the values).
+        `grad_BHT` of the values). Where that is known before the values are, the scores are made
+        once for both.
         """
         q_nTRD, k_nTD, _, scale = self.student
         batch, groups, shared, tokens, size = self.shape_BGRTD
@@ -269,7 +209,7 @@ class _Sweep:
         dq_BHTD = dq_BGTRD.transpose(2, 3).reshape(batch, groups * shared, tokens, size)
         dk_BGTD = dk_nTD.to(k_nTD.dtype).view(batch, groups, tokens, size)
         values_BHT = None if values_nTR1 is None else self._by_head(values_nTR1)
-        return values_BHT, dq_BHTD.contiguous(), dk_BGTD
+        return values_BHT, dq_BHTD.contiguous(), _summed_back(dk_BGTD, self.key_heads)
 
     def _rows(self, slab: _Slab) -> tuple[Rows, Rows]:
         """Both sides' centred scores and exponentials, (n, Q, R, K), hidden keys at exactly 0."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from makd_kernels.attention_kl import blockwise
+from makd_kernels.attention_kl.blockwise import Sweep
 from makd_kernels.attention_kl.settings import Settings, in_one_sweep, statistics_of
 from makd_kernels.launching import where_it_is
 
@@ -40,7 +40,7 @@ def attention_kl_op(
     settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
     tensors = (q_teacher, k_teacher, q_student, k_student, mask)
     if impl == "torch":
-        values = blockwise.values(*tensors, lse_teacher, lse_student, settings)
+        values = Sweep(*tensors, lse_teacher, lse_student, settings).values()
         return values, values.new_empty(0), q_student.new_empty(0)
     from makd_kernels.attention_kl.launch import Call
 
@@ -104,7 +104,8 @@ def attention_kl_backward_op(
     settings = Settings(scale_teacher, scale_student, causal, window, divergence, beta)
     tensors = (q_teacher, k_teacher, q_student, k_student, mask)
     if impl == "torch":
-        return blockwise.gradients(*tensors, lse_teacher, lse_student, settings, grad)
+        sweep = Sweep(*tensors, lse_teacher, lse_student, settings)
+        return sweep.gradients(grad)[1:]
     from makd_kernels.attention_kl.launch import Call
 
     call = Call(*tensors, pair_teacher, pair_counts, settings)
