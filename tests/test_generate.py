@@ -15,12 +15,12 @@ import pytest
 
 from makd_llm import distributed
 from makd_llm.cli import main
+from makd_llm.testing import environment_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DOCUMENTS = 40
 FINISHED = "[0-9]*.jsonl"  # and not one that was being written
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def command(tiny: Path, out: Path, *more: str) -> list[str]:
 def start(call: list[str], ranks: int = 1) -> list[subprocess.Popen[str]]:
     """The processes of a run; without a launcher, so that a kill meets all of them at once."""
     port = str(distributed.free_port())
-    clean = {k: v for k, v in os.environ.items() if k not in GROUP}
+    clean = environment_alone()
     clean |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     clean["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from makd_llm import distributed
 from makd_llm.models.origin import origin_of
+from makd_llm.testing import environment_alone
 
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def command(tiny: Path, run_dir: Path, *more: str) -> list[str]:
@@ -52,7 +52,7 @@ def environment() -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
     path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     # Of a process group that an earlier test of this process made, nothing is handed on.
-    ours = {k: v for k, v in os.environ.items() if k not in GROUP}
+    ours = environment_alone()
     return ours | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
 
 

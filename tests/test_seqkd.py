@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from makd_llm.config import load_config
 from makd_llm.errors import UserError
+from makd_llm.testing import environment_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ evaluation: {{records: 4, generate_records: 2, max_new_tokens: 4, batch_size: 2}
 
 
 def start(config: Path, run_dir: Path, *more: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in GROUP}
+    clean = environment_alone()
     ds = str(CHECKOUT / "ds_configs" / "zero3.json")
     call = ["train", "--ds", ds, "--config", str(config), f"run_dir={run_dir}", *more]
     return subprocess.Popen(

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from makd_llm.cli import main
 from makd_llm.offline.manifest import read_manifest
+from makd_llm.testing import environment_alone
 
 pytestmark = pytest.mark.slow
 
-GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ZERO3 = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json")
 HIDDEN = "distil.objectives.hidden={layers: [middle, last], weight: 0.5}"
 
@@ -63,7 +63,7 @@ cli.main(sys.argv[1:])
 def run(arguments: list[str]) -> str:
     """What a run in a process of its own printed, with a line for every model that was loaded."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    ours = {name: value for name, value in os.environ.items() if name not in GROUP}
+    ours = environment_alone()
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *arguments],
         capture_output=True,
