@@ -5,7 +5,6 @@ What comes out is a Hugging Face folder like any student's, with a model card (R
 text is given, what the student lost on it), and the same as a picture.
 """
 
-import json
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from makd_llm.errors import UserError
 from makd_llm.factorize.ladder import components_in, measured_rungs, name_of
 from makd_llm.factorize.residuals import perplexity, residuals
 from makd_llm.factorize.student import MatrixReport, Recipe, clear_parts, factorize
-from makd_llm.files import write_whole
+from makd_llm.files import write_json, write_whole
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.report.card import student_card
 from makd_llm.report.plots import factorization_plot, stages_plot
@@ -134,7 +133,7 @@ def factorize_model(
 
 def _write(out: Path, report: dict[str, Any]) -> None:
     try:
-        write_whole(out / REPORT, json.dumps(report, indent=1))
+        write_json(out / REPORT, report)
         write_whole(out / "README.md", student_card(report))
         factorization_plot(report, out / "factorization.png")
         if stages := report.get("held_out", {}).get("stages"):

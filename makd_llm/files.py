@@ -1,10 +1,12 @@
 """Small files that are whole or not there, and what says that a file has changed."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -16,6 +18,11 @@ def write_whole(path: Path, text: str) -> None:
     """Writes UTF-8 text under another name and renames it: a reader never meets half of it."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The value as JSON that a person can read, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import torch
 
 from makd_kernels.attention_kl import choose_impl
 from makd_llm import distributed
-from makd_llm.checkpoint.export import counts_of_folders, merge, write_model
+from makd_llm.checkpoint.export import merge, write_model
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.checks import check_same_tokenizer, check_settings, check_teacher
@@ -32,18 +32,11 @@ from makd_llm.config import DataConfig, RunConfig, TrainConfig, dump_config
 from makd_llm.cutting import Cutting
 from makd_llm.data.batch import pad_id_of
 from makd_llm.data.prompt import PromptBuilder, usable_examples
-from makd_llm.data.records import RecordList, content_of
+from makd_llm.data.records import content_of
 from makd_llm.data.schema import Example
 from makd_llm.errors import UserError
-from makd_llm.evaluation.evaluate import (
-    Evaluation,
-    Settings,
-    evaluate_model,
-    evaluate_perplexity,
-    evaluate_text,
-)
-from makd_llm.factorize.ladder import name_of
-from makd_llm.files import claimed, sample_of_folder, sha256_of, write_whole
+from makd_llm.evaluating import Evaluating
+from makd_llm.files import claimed, sample_of_folder, sha256_of, write_json, write_whole
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import Pairing, pair
@@ -55,7 +48,7 @@ from makd_llm.objectives.head import CrossEntropy
 from makd_llm.offline import manifest
 from makd_llm.offline.read import TeacherCache
 from makd_llm.report.card import student_card
-from makd_llm.report.plots import factorization_plot, stages_plot
+from makd_llm.report.plots import factorization_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
@@ -69,7 +62,6 @@ from makd_llm.train.build import (
     build_on_policy,
     build_projections,
     build_prompts,
-    build_recipe,
     build_records,
     build_schedule,
     build_shape,
@@ -508,104 +500,15 @@ class Run:
     def _factorize(self, teacher: Path, start: Path, result: Path) -> None:
         """start: the model that is cut, the teacher or what `shape` made of it."""
         report = self.cutting.factors(teacher, start, result)
-        distributed.on_main(_write_json, self.dir / "factorization.json", report)
+        distributed.on_main(write_json, self.dir / "factorization.json", report)
         distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
         distributed.on_main(write_whole, result / "README.md", student_card(report))
         if distributed.is_main():
             show(factorization_table(report))
 
     def _evaluate(self, teacher: Path, start: Path, factorized: Path, student: Path) -> None:
-        asked = self.config.evaluation
-        tokenizer = load_tokenizer(teacher)
-        prompts = build_prompts(self.config.data, tokenizer)
-        limits = (asked.records, asked.generate_records)
-        records = build_records(
-            self.config.data,
-            validation=True,
-            limit=None if None in limits else max(n for n in limits if n),
-        )
-        assert isinstance(records, RecordList)
-        settings = Settings(
-            asked.batch_size, asked.max_new_tokens, pad_id_of(tokenizer), asked.lead_k
-        )
-        evaluation = Evaluation(
-            records,
-            prompts,
-            tokenizer,
-            settings,
-            asked.records,
-            asked.generate_records,
-            self.config.data.on_bad_record,
-        )
-        folders = {"teacher": teacher, "factorized": factorized, "student": student}
-        counts = distributed.on_main(counts_of_folders, folders)
-        rows: dict[str, Any] = {}
-        for name, folder in folders.items():
-            self.tell(f"evaluate: {name}")
-            engine = self._frozen(folder, asked.batch_size)
-            rows[name] = {
-                "parameters": counts[name].__dict__,
-                **evaluate_model(evaluation, name, engine),
-            }
-            if asked.text:
-                rows[name]["text"] = evaluate_text(
-                    engine,
-                    tokenizer,
-                    asked.text,
-                    window=asked.text_window,
-                    stride=asked.text_stride,
-                    batch_size=asked.batch_size,
-                    pad_id=settings.pad_id,
-                )
-            engine.close()
-        rows[f"lead-{asked.lead_k}"] = evaluation.lead()
-        distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
-
-        found = {**evaluation.settings(), "models": rows}
-        if asked.stages:
-            value = {name: rows[name]["perplexity"]["value"] for name in folders}
-            found["stages"] = self._steps(teacher, start, evaluation, value)
-            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
-        distributed.on_main(self._write_card, student, found)
-        distributed.on_main(_write_json, self.dir / "evaluation.json", found)
-
-    def _write_card(self, student: Path, evaluation: dict[str, Any]) -> None:
-        """README.md of the distilled student: how it was made, and what was measured."""
-        report = json.loads((self.dir / "factorization.json").read_text(encoding="utf-8"))
-        train = self.config.distil.train
-        distilled = {
-            "preset": self.config.distil.preset,
-            "steps": f"{train.steps} of {train.batch_size} records of {self.config.data.source}",
-            **self._targets(),
-        }
-        card = student_card(report, distilled=distilled, evaluation=evaluation)
-        write_whole(student / "README.md", card)
-
-    def _targets(self) -> dict[str, str]:
-        """Said where the student did not learn from the references."""
-        asked = self.config.distil.sequences
-        if asked.source == "data":
-            return {}
-        return {"targets": f"the teacher's own summaries ({asked.generation.method})"}
-
-    def _steps(
-        self, teacher: Path, start: Path, evaluation: Evaluation, measured: dict[str, float]
-    ) -> dict[str, float]:
-        """Perplexities from the teacher to the student, with those of the steps between."""
-
-        def perplexity_of(folder: Path) -> float:
-            engine = self._frozen(folder, self.config.evaluation.batch_size)
-            found = evaluate_perplexity(evaluation, engine).value
-            engine.close()
-            return found
-
-        return {
-            "teacher": measured["teacher"],
-            **({"shaped": perplexity_of(start)} if start != teacher else {}),
-            **self.cutting.before(start, self.dir / "before", perplexity_of),
-            name_of(build_recipe(self.config.student)): measured["factorized"],
-            "distilled": measured["student"],
-        }
+        evaluating = Evaluating(self.config, self.dir, self.cutting, self._frozen, self.tell)
+        evaluating.write(teacher, start, factorized, student)
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""
@@ -614,11 +517,7 @@ class Run:
             for name, section in (("sft", self.config.sft), ("distil", self.config.distil))
         }
         write_whole(self.dir / "config.yaml", dump_config(self.config.model_copy(update=told)))
-        _write_json(self.dir / "environment.json", _environment())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
+        write_json(self.dir / "environment.json", _environment())
 
 
 def _environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from makd_llm.files import write_whole
+from makd_llm.files import write_json
 
 STAGES = ("sft", "shape", "factorize", "write", "teach", "distil", "evaluate")
 
@@ -40,7 +40,7 @@ class Stages:
         """Records that the stage starts, or that its result stands."""
         entries = self._read()
         entries[stage] = {"key": _plain(key), "done": done}
-        write_whole(self._path, json.dumps(entries, indent=1))
+        write_json(self._path, entries)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -1,0 +1,140 @@
+"""What a run's models are worth at its end: perplexity and ROUGE of the teacher, the factorized and
+the distilled student, and the student's card. Every function here is collective.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from makd_llm import distributed
+from makd_llm.checkpoint.export import counts_of_folders
+from makd_llm.config import RunConfig
+from makd_llm.cutting import Cutting
+from makd_llm.data.batch import pad_id_of
+from makd_llm.data.records import RecordList
+from makd_llm.evaluation.evaluate import (
+    Evaluation,
+    Settings,
+    evaluate_model,
+    evaluate_perplexity,
+    evaluate_text,
+)
+from makd_llm.factorize.ladder import name_of
+from makd_llm.files import write_json, write_whole
+from makd_llm.models.source import load_tokenizer
+from makd_llm.report.card import student_card
+from makd_llm.report.plots import stages_plot
+from makd_llm.train.build import build_prompts, build_recipe, build_records
+from makd_llm.train.engine import Frozen
+
+
+class Evaluating:
+    """Measures as a run's config says, into its folder. frozen: loads a folder for so many records
+    at once; tell: says a sentence.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        cutting: Cutting,
+        frozen: Callable[[Path, int], Frozen],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.config, self.dir, self.cutting = config, folder, cutting
+        self.frozen, self.tell = frozen, tell
+
+    def write(self, teacher: Path, start: Path, factorized: Path, student: Path) -> None:
+        """Writes evaluation.json, samples.jsonl and the student's card. start: what was cut."""
+        asked = self.config.evaluation
+        tokenizer = load_tokenizer(teacher)
+        prompts = build_prompts(self.config.data, tokenizer)
+        limits = (asked.records, asked.generate_records)
+        records = build_records(
+            self.config.data,
+            validation=True,
+            limit=None if None in limits else max(n for n in limits if n),
+        )
+        assert isinstance(records, RecordList)
+        settings = Settings(
+            asked.batch_size, asked.max_new_tokens, pad_id_of(tokenizer), asked.lead_k
+        )
+        evaluation = Evaluation(
+            records,
+            prompts,
+            tokenizer,
+            settings,
+            asked.records,
+            asked.generate_records,
+            self.config.data.on_bad_record,
+        )
+        folders = {"teacher": teacher, "factorized": factorized, "student": student}
+        counts = distributed.on_main(counts_of_folders, folders)
+        rows: dict[str, Any] = {}
+        for name, folder in folders.items():
+            self.tell(f"evaluate: {name}")
+            engine = self.frozen(folder, asked.batch_size)
+            rows[name] = {
+                "parameters": counts[name].__dict__,
+                **evaluate_model(evaluation, name, engine),
+            }
+            if asked.text:
+                rows[name]["text"] = evaluate_text(
+                    engine,
+                    tokenizer,
+                    asked.text,
+                    window=asked.text_window,
+                    stride=asked.text_stride,
+                    batch_size=asked.batch_size,
+                    pad_id=settings.pad_id,
+                )
+            engine.close()
+        rows[f"lead-{asked.lead_k}"] = evaluation.lead()
+        distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
+
+        found = {**evaluation.settings(), "models": rows}
+        if asked.stages:
+            value = {name: rows[name]["perplexity"]["value"] for name in folders}
+            found["stages"] = self._steps(teacher, start, evaluation, value)
+            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
+        distributed.on_main(self._write_card, student, found)
+        distributed.on_main(write_json, self.dir / "evaluation.json", found)
+
+    def _write_card(self, student: Path, evaluation: dict[str, Any]) -> None:
+        """README.md of the distilled student: how it was made, and what was measured."""
+        report = json.loads((self.dir / "factorization.json").read_text(encoding="utf-8"))
+        train = self.config.distil.train
+        distilled = {
+            "preset": self.config.distil.preset,
+            "steps": f"{train.steps} of {train.batch_size} records of {self.config.data.source}",
+            **self._targets(),
+        }
+        card = student_card(report, distilled=distilled, evaluation=evaluation)
+        write_whole(student / "README.md", card)
+
+    def _targets(self) -> dict[str, str]:
+        """Said where the student did not learn from the references."""
+        asked = self.config.distil.sequences
+        if asked.source == "data":
+            return {}
+        return {"targets": f"the teacher's own summaries ({asked.generation.method})"}
+
+    def _steps(
+        self, teacher: Path, start: Path, evaluation: Evaluation, measured: dict[str, float]
+    ) -> dict[str, float]:
+        """Perplexities from the teacher to the student, with those of the steps between."""
+
+        def perplexity_of(folder: Path) -> float:
+            engine = self.frozen(folder, self.config.evaluation.batch_size)
+            found = evaluate_perplexity(evaluation, engine).value
+            engine.close()
+            return found
+
+        return {
+            "teacher": measured["teacher"],
+            **({"shaped": perplexity_of(start)} if start != teacher else {}),
+            **self.cutting.before(start, self.dir / "before", perplexity_of),
+            name_of(build_recipe(self.config.student)): measured["factorized"],
+            "distilled": measured["student"],
+        }
