@@ -7,7 +7,6 @@ fast and now slow is so for all of them; on a GPU each is timed by Triton's do_b
 
 import argparse
 import csv
-import ctypes
 import functools
 import math
 import platform
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from makd_llm.memory import Peak
 
 RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, Any]]
@@ -257,29 +258,10 @@ def megabytes(
 
 def peaks(call: Callable[[], object], device: str) -> tuple[float | None, float | None]:
     """MB that `call` needed at once: beyond what was held before, and in all. None: unknown."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated()
-        return (most - held) / 2**20, most / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists() or not reset.exists():
-        call()
-        return None, None
-    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls freed, or it hides this one's
-    reset.write_text("5", encoding="ascii")
-    before = _status_kilobytes(status, "VmRSS")
+    peak = Peak(torch.device(device))
     call()
-    most = _status_kilobytes(status, "VmHWM")
-    return (most - before) / 2**10, most / 2**10
-
-
-def _status_kilobytes(status: Path, key: str) -> int:
-    lines = status.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    most = peak.megabytes()
+    return (None if most is None or peak.before is None else most - peak.before), most
 
 
 def triton_resources(call: Callable[[], object], device: str) -> tuple[int | str, int | str]:

@@ -12,7 +12,6 @@ rules keep such a run from hanging, and this module is where both are kept:
 Everything here works without a process group as well: a plain `python` is a run of one rank.
 """
 
-import ctypes
 import io
 import logging
 import os
@@ -137,14 +136,6 @@ def device() -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank()))
 
 
-def return_freed_memory() -> None:
-    """Let the operating system have what was freed. glibc keeps buffers below 32 MB for later, and
-    between gathered weights of many sizes that grew to two thirds of a shard. No-op elsewhere."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def barrier() -> None:
     """Return once every rank has come here."""
     if world_size() > 1:
@@ -161,6 +152,11 @@ def sum_in_place(tensor: torch.Tensor) -> None:
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The elementwise sum over all ranks, in the tensor's own dtype and device; a new tensor."""
     return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over all ranks, in the tensor's own dtype and device; a new one."""
+    return _reduced(tensor, dist.ReduceOp.MAX)
 
 
 def gather_objects(obj: T) -> list[T]:

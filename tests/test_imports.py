@@ -9,7 +9,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Everybody in makd_llm may import these.
-COMMON = ("makd_llm.errors", "makd_llm.distributed")
+COMMON = ("makd_llm.errors", "makd_llm.distributed", "makd_llm.memory")
 
 # Of all that is ours, the left imports nothing but itself, COMMON and the right.
 SEES_ONLY = {

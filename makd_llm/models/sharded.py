@@ -21,6 +21,7 @@ from makd_kernels import lowrank_linear
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import TensorReader, read_config, read_generation_config
 from makd_llm.errors import UserError
+from makd_llm.memory import return_freed_memory
 from makd_llm.models.capture import attention_of
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
@@ -88,7 +89,7 @@ def _fill(model: PreTrainedModel, folder: Path, *, gathered: bool) -> None:
         if own:
             _fill_module(reader, own, gathered=gathered)
             reader.release()
-            distributed.return_freed_memory()
+            return_freed_memory()
 
 
 def _fill_module(reader: TensorReader, own: dict[str, nn.Parameter], *, gathered: bool) -> None:

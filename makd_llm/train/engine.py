@@ -20,6 +20,7 @@ from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.data.schema import Example
 from makd_llm.evaluation.perplexity import perplexity
+from makd_llm.memory import return_freed_memory
 from makd_llm.models.capture import capture
 from makd_llm.models.causal import AtHead, CausalModel
 from makd_llm.models.tensor_train import TensorTrain
@@ -68,7 +69,7 @@ class Frozen:
         _release(self._engine, self.model)
         del self._engine, self.model
         gc.collect()
-        distributed.return_freed_memory()
+        return_freed_memory()
 
 
 class Trained:
@@ -157,7 +158,7 @@ class Trained:
         _release(self.engine, self.model)
         del self.engine, self.model
         gc.collect()
-        distributed.return_freed_memory()
+        return_freed_memory()
 
 
 def _release(engine: deepspeed.DeepSpeedEngine, model: CausalModel) -> None:

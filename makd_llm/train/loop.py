@@ -21,6 +21,7 @@ from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.data.batch import Batch, counts_of
 from makd_llm.data.loader import TrainLoader
 from makd_llm.errors import Diverged, Interrupted
+from makd_llm.memory import Peak
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
 from makd_llm.train.levels import LevelBalance, staged_level
@@ -71,6 +72,7 @@ class Loop:
         """
         settings = self.settings
         saved = self.step
+        peak = Peak(distributed.device())
         with (
             Metrics(self.run_dir, settings.stage, steps=settings.steps, start=self.step) as metrics,
             _signals() as stop,
@@ -78,7 +80,7 @@ class Loop:
             if self.step:
                 metrics.note(f"{settings.stage}: resumed at step {self.step} of {settings.steps}")
             while self.step < settings.steps:
-                asked_to_stop = self._one_step(step_fn, metrics, stop)
+                asked_to_stop = self._one_step(step_fn, metrics, stop, peak)
                 at_end = self.step == settings.steps
                 if asked_to_stop or at_end or self.step % settings.checkpoint_every == 0:
                     self.save()
@@ -119,7 +121,7 @@ class Loop:
         if self.on_policy:
             self.on_policy.load_state_dict(state["on_policy"])
 
-    def _one_step(self, step_fn: StepFn, metrics: Metrics, stop: list[int]) -> bool:
+    def _one_step(self, step_fn: StepFn, metrics: Metrics, stop: list[int], peak: Peak) -> bool:
         """One optimizer step over all ranks; returns whether any rank was asked to stop."""
         began = time.monotonic()
         self.step += 1
@@ -157,6 +159,7 @@ class Loop:
                     "tokens": int(denominators["tokens"]),
                     "tokens_per_second": denominators["tokens"] / seconds,
                     "seconds": seconds,
+                    **_largest(peak),
                     "epoch": self.loader.epoch,
                     "skipped_steps": self.skipped,
                     **self._own_words(validation_loss),
@@ -230,6 +233,13 @@ class Loop:
                 f"gradient, last step {self.step}; their records are in {path}; lower the learning "
                 "rate, or look at those records"
             )
+
+
+def _largest(peak: Peak) -> dict[str, float]:
+    """The stage's peak memory until now, of the rank that needed most. Collective."""
+    held = torch.tensor([peak.megabytes() or 0.0], dtype=torch.float64)
+    most = distributed.max_over_ranks(held).item()
+    return {"peak_memory_MB": most} if most else {}
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

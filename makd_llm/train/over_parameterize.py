@@ -21,6 +21,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import TensorReader, read_config
 from makd_llm.errors import UserError
 from makd_llm.factorize.matrices import dense_matrix, jobs_of
+from makd_llm.memory import return_freed_memory
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import Matrix
 from makd_llm.models.modeling_lowrank import LowRankLinear, LowRankParts, fused_layout
@@ -110,7 +111,7 @@ def over_parameterize(
         for chain, (tensors, targets) in zip(window, found, strict=True):
             chain.train.set_targets({k: t.to(distributed.device()) for k, t in targets.items()})
             _fill(chain.train, tensors, sharded=sharded)
-    distributed.return_freed_memory()
+    return_freed_memory()
     splits = [chain.train.split for chain in everything]
     numbers = sum(math.prod(split.rows) * math.prod(split.columns) for split in splits)
     return Counts(len(splits), numbers, sum(split.parameters for split in splits))
