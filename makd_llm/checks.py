@@ -142,6 +142,11 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
     windows = {"data.max_length": config.data.max_length}
     if config.evaluation.text is not None:
         windows["evaluation.text_window"] = config.evaluation.text_window
+    if config.distil.sequences.student is not None:
+        # A prompt may fill the window, and texts are written batch by batch to their full length.
+        new = config.distil.sequences.student.max_new_tokens
+        longest = "data.max_length and distil.sequences.student.max_new_tokens together"
+        windows[longest] = config.data.max_length + new
     check_windows(folder, windows)
     # Tokens added for pictures and the like may lie beyond the embedding (Gemma 3's do); these not.
     tokenizer = load_tokenizer(folder)
@@ -160,7 +165,7 @@ def check_windows(folder: Path, windows: dict[str, int]) -> None:
     for key, window in windows.items():
         if positions is not None and window > positions:
             raise UserError(
-                f"{key} is {window}, but {folder} has only {positions} positions "
+                f"{key}: {window}, but {folder} has only {positions} positions "
                 "(max_position_embeddings); lower it"
             )
 

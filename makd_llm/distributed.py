@@ -102,6 +102,10 @@ def shutdown() -> None:
     """Leave the process group, if there is one. To be called by every rank at a run's end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:  # it would hand the old group to the next run of this process
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        groups._ALL_TO_ALL_GROUP = {}
     for name in _GROUP_OF_ONE:  # its port is free again, and may soon be somebody else's
         os.environ.pop(name, None)
     _GROUP_OF_ONE.clear()

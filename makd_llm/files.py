@@ -14,15 +14,17 @@ from makd_llm import distributed
 from makd_llm.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes UTF-8 text under another name and renames it: a reader never meets half of it."""
-    with replacing(path) as scratch:
+def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+    """Writes UTF-8 text under another name and renames it: a reader never meets half of it.
+    durable: nor does one after a power cut.
+    """
+    with replacing(path, durable=durable) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """The value as JSON that a person can read, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False), durable=durable)
 
 
 @contextmanager

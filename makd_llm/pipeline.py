@@ -292,6 +292,7 @@ class Run:
         change = distributed.on_main(self.stages.change, name, key)
         if change:
             self.tell(f"{name}: runs again, because {change}")
+        if change or not distributed.on_main(self.stages.knows, name):
             self._checkpoints(name, 1).clear()
         distributed.on_main(self.stages.mark, name, key, done=False)
         distributed.on_main(self._describe)

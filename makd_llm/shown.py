@@ -26,9 +26,11 @@ class Needs:
     matrix: frozenset[tuple[int, str]] = frozenset()
     """(layer, role) pairs, role in q k v o gate up down."""
     matrix_input: bool = False
-    """Also what goes into those matrices; of the student: its output for the teacher's input."""
+    """Also what goes into those matrices."""
+    fed: frozenset[tuple[int, str]] = frozenset()
+    """(layer, role) pairs that are to run once more, on what the teacher's were fed."""
     plain: frozenset[tuple[int, str]] = frozenset()
-    """(layer, role) pairs whose outputs are wanted as they are: never projected or replayed."""
+    """(layer, role) pairs whose outputs are wanted as they are: never projected."""
     layer_input: frozenset[int] = frozenset()
     """Layers whose input is wanted."""
     again: frozenset[tuple[int, str]] = frozenset()
@@ -43,6 +45,7 @@ class Needs:
             self.attention | other.attention,
             self.matrix | other.matrix,
             self.matrix_input or other.matrix_input,
+            self.fed | other.fed,
             self.plain | other.plain,
             self.layer_input | other.layer_input,
             self.again | other.again,
@@ -86,6 +89,8 @@ class Shown:
     """Matrix outputs (B, T, M)."""
     matrix_input: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix inputs (B, T, K)."""
+    fed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Matrix outputs (B, T, M) for the teacher's inputs."""
     plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix outputs (B, T, M), as they are."""
     layer_input: dict[int, Tensor] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from makd_llm.errors import UserError
 from makd_llm.files import write_json
 
 STAGES = ("sft", "shape", "factorize", "write", "teach", "distil", "evaluate")
@@ -36,17 +37,26 @@ class Stages:
         entry = self._read().get(stage)
         return None if entry is None else difference(entry["key"], key)
 
+    def knows(self, stage: str) -> bool:
+        """Whether the stage was ever started, so that what it left behind is under `change`."""
+        return stage in self._read()
+
     def mark(self, stage: str, key: Key, *, done: bool) -> None:
         """Records that the stage starts, or that its result stands."""
         entries = self._read()
         entries[stage] = {"key": _plain(key), "done": done}
-        write_json(self._path, entries)
+        write_json(self._path, entries, durable=True)
 
     def _read(self) -> dict[str, Any]:
         try:
             entries: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return {}
+        except ValueError:
+            raise UserError(
+                f"{self._path}: damaged, so nobody knows which stages stand; delete it to run all "
+                "of them anew"
+            ) from None
         return entries
 
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from makd_llm.errors import UserError
 from makd_llm.stages import Stages, digest
 
 
@@ -43,11 +46,12 @@ def test_an_empty_section_is_a_change_with_a_reason(tmp_path: Path) -> None:
     assert stages.change("sft", {"a": 1, "ds": {}}) == "an empty section came or went"
 
 
-def test_a_damaged_record_means_that_nothing_stands(tmp_path: Path) -> None:
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
     stages.mark("sft", {"a": 1}, done=True)
     (tmp_path / "stages.json").write_text('{"sft": {"ke')
-    assert not stages.stands("sft", {"a": 1})
+    with pytest.raises(UserError, match="damaged, so nobody knows which stages stand"):
+        stages.stands("sft", {"a": 1})
 
 
 def test_digest_depends_on_content_and_not_on_order() -> None:

@@ -66,9 +66,9 @@ def capture(
     """Collects `needs` from the forward pass that runs inside the `with`.
 
     model: a Hugging Face causal LM of that family, plain or low-rank. replay: the teacher's inputs,
-    of matrices by (layer, role) and of layers by (layer, "layer"). `Shown.matrix` then holds such a
-    matrix's output for the replayed input, and `Shown.again` a layer's; both are made by a second
-    call of the module (so that ZeRO-3 gathers its weights), not for the model's own stream.
+    of matrices by (layer, role) and of layers by (layer, "layer"). `Shown.fed` holds a matrix's
+    output for such an input, and `Shown.again` a layer's; both are made by a second call of the
+    module (so that ZeRO-3 gathers its weights), not for the model's own stream.
     """
     replay = replay or {}
     shown = Shown()
@@ -88,16 +88,11 @@ def capture(
             _listen_to_attention(layers[index], shown, part, index, stack)
         for index, matrices in _by_module(family, model.config, needs):  # type: ignore[arg-type]
             module = layers[index].get_submodule(matrices[0].module)
-            asked = [m for m in matrices if (index, m.key) in needs.matrix]
-            if any((index, m.key) in needs.plain for m in matrices):
-                plain = _plain_hook(shown, part, index, matrices, needs)
-                stack.callback(module.register_forward_hook(plain).remove)
-            if asked:
-                hook = (
-                    _replay_hook(shown, part, index, asked, replay)
-                    if (index, asked[0].key) in replay
-                    else _matrix_hook(shown, part, index, asked, needs.matrix_input)
-                )
+            hook = _matrix_hook(shown, part, index, matrices, needs)
+            stack.callback(module.register_forward_hook(hook).remove)
+            fed = [m for m in matrices if (index, m.key) in needs.fed]
+            if fed:
+                hook = _fed_hook(shown, part, index, fed, replay)
                 stack.callback(module.register_forward_hook(hook).remove)
         for index in sorted({index for index, _ in needs.again}):
             sources = [source for i, source in sorted(needs.again) if i == index]
@@ -176,7 +171,7 @@ def _by_module(
 ) -> list[tuple[int, list[Matrix]]]:
     """The asked matrices, those that share a fused module together."""
     groups: dict[tuple[int, str], list[Matrix]] = {}
-    for index, key in sorted(needs.matrix | needs.plain):
+    for index, key in sorted(needs.matrix | needs.fed | needs.plain):
         for matrix in family.matrices(config, index):
             if matrix.key == key:
                 groups.setdefault((index, matrix.module), []).append(matrix)
@@ -192,7 +187,7 @@ class _Part:
         self._config = config
         self._rows: tuple[int, ...] = ()
         self.again = False
-        """Whether a layer runs again, in which nothing is to be captured."""
+        """Whether something runs again, in which nothing is to be captured."""
 
     def note_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...)."""
@@ -206,53 +201,41 @@ class _Part:
 
 
 def _matrix_hook(
-    shown: Shown, part: _Part, index: int, matrices: list[Matrix], with_input: bool
-) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if part.again:
-            return
-        for matrix in matrices:
-            shown.matrix[index, matrix.key] = part.of_output(matrix, output)
-            if with_input:
-                shown.matrix_input[index, matrix.key] = part.of_input(args[0])
-
-    return hook
-
-
-def _plain_hook(
     shown: Shown, part: _Part, index: int, matrices: list[Matrix], needs: Needs
 ) -> Callable[..., None]:
-    """Registered before a replay's hook, whose own call of the module comes here a second time."""
-
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if part.again:
             return
         for matrix in matrices:
-            if (index, matrix.key) in needs.plain and (index, matrix.key) not in shown.plain:
-                shown.plain[index, matrix.key] = part.of_output(matrix, output)
+            key = index, matrix.key
+            if key in needs.matrix:
+                shown.matrix[key] = part.of_output(matrix, output)
+                if needs.matrix_input:
+                    shown.matrix_input[key] = part.of_input(args[0])
+            if key in needs.plain:
+                shown.plain[key] = part.of_output(matrix, output)
 
     return hook
 
 
-def _replay_hook(
+def _fed_hook(
     shown: Shown,
     part: _Part,
     index: int,
     matrices: list[Matrix],
     replay: Mapping[tuple[int, str], Tensor],
 ) -> Callable[..., None]:
-    replaying = False
+    """Runs a module again on the teacher's inputs; those that share it are fed the same."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal replaying
-        if replaying or part.again:  # the call below comes back here
+        if part.again:  # the call below comes back here
             return
-        replaying = True
+        part.again = True
         try:
-            again = module(replay[index, matrices[0].key])
+            outputs = module(replay[index, matrices[0].key])
         finally:
-            replaying = False
+            part.again = False
         for matrix in matrices:
-            shown.matrix[index, matrix.key] = part.of_output(matrix, again)
+            shown.fed[index, matrix.key] = part.of_output(matrix, outputs)
 
     return hook

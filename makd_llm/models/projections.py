@@ -77,10 +77,12 @@ class Projections(nn.Module):
         module, and would otherwise apply the gradient of an earlier step again.
         """
         for (layer, role), linear in zip(self.points, self.maps, strict=True):
-            captured: dict[Any, Tensor] = shown.hidden if role == "hidden" else shown.matrix
-            key = layer if role == "hidden" else (layer, role)
-            if key in captured:
-                captured[key] = linear(captured[key])
+            key: Any = layer if role == "hidden" else (layer, role)
+            kinds = [shown.hidden] if role == "hidden" else [shown.matrix, shown.fed]
+            captured = [shown_there for shown_there in kinds if key in shown_there]
+            for shown_there in captured:
+                shown_there[key] = linear(shown_there[key])
+            if captured:
                 continue
             width = linear.in_features
             assert isinstance(width, int)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from makd_kernels import lowrank_linear
@@ -37,7 +37,7 @@ def load_sharded(
     parameters. kernels: what computes low-rank products, as in the config. Collective: every rank
     calls it. Raises UserError for an unknown architecture or missing tensors.
     """
-    config = read_config(folder)
+    config = _without_dropout(read_config(folder))
     family = family_of(config)
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     with ExitStack() as stack:
@@ -55,9 +55,6 @@ def load_sharded(
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             module.product = _lowrank_product(kernels)
-        # GPT-2's configs carry 0.1: noise in what is compared, and another gradient on every rank.
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     generation = read_generation_config(folder)
     if generation is not None:
         model.generation_config = generation
@@ -65,6 +62,18 @@ def load_sharded(
         model.to(distributed.device())
     _fill(model, folder, gathered=stage == 3)
     return CausalModel(model, family)
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """GPT-2's and OPT's carry 0.1: noise in what is compared, and another gradient on every rank.
+    Some attentions read the rate when they run, so it is taken out of the config itself.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            _without_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
+    return config
 
 
 def _lowrank_product(kernels: str) -> Callable[..., torch.Tensor]:

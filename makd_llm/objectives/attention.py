@@ -7,6 +7,7 @@ L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary q
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from makd_kernels.attention_kl import attention_kl_loss
@@ -28,19 +29,24 @@ def attention_divergence(
     scalar, fp32 (or fp64), whose gradient is made with it.
 
     heads: the teacher's query head for each of the student's; None: the same. The number of
-    key-value heads may differ. Raises ValueError where teacher and student see windows of different
-    length (their distributions would be over different keys).
+    key-value heads may differ. logit_mse is the mean over the keys that a token sees; the others
+    are of distributions over them. Raises ValueError where teacher and student see windows of
+    different length (their distributions would be over different keys).
     """
     if student.window != teacher.window:
         raise ValueError(
             f"attention windows differ: student {student.window}, teacher {teacher.window}"
         )
+    exact = torch.promote_types(student.query_BHTD.dtype, torch.float32)
+    weights_BT = masks.tokens_BT.to(exact) / student.query_BHTD.shape[1]
+    if divergence == "logit_mse":
+        weights_BT = weights_BT / masks.seen_by(student.window)
     found = attention_kl_loss(
         teacher.query_BHTD,
         teacher.key_BGTD,
         student.query_BHTD,
         student.key_BGTD,
-        masks.tokens_BT / student.query_BHTD.shape[1],
+        weights_BT,
         scale_teacher=teacher.scale,
         scale_student=student.scale,
         window=student.window,

@@ -66,6 +66,8 @@ class Objectives:
         self.impl = impl
         self.multiplier = dict.fromkeys(LEVELS, 1.0)
         self.step = 1
+        self.steps_before = 0
+        """Of other levels' turns: from there on `every` and warm-ups count."""
         self.own_words = False
         """Whether the summaries of this step are the student's own: none are learnt by heart."""
 
@@ -98,10 +100,18 @@ class Objectives:
         """What an objective counts in this step, before its level's multiplier; 0 for what is only
         measured beside others.
         """
-        term = self.terms.get(name) or self.head.get(name) or self.attributions.get(name)
-        if self.own_words and isinstance(term, CrossEntropy):
+        term = self._term_of(name)
+        if term is None or (self.own_words and isinstance(term, CrossEntropy)):
             return 0.0
-        return term.weight * term.timing.share(self.step) if term else 0.0
+        return term.weight * term.timing.share(self.step - self.steps_before)
+
+    def full_weight_of(self, name: str) -> float:
+        """What an objective counts on the steps on which it is learnt, once it is warm."""
+        term = self._term_of(name)
+        return term.weight if term else 0.0
+
+    def _term_of(self, name: str) -> Term | HeadTerm | Attribution | None:
+        return self.terms.get(name) or self.head.get(name) or self.attributions.get(name)
 
     def scale_of(self, name: str) -> float:
         """What an objective counts in this step."""
@@ -188,8 +198,8 @@ class Objectives:
         """Cross-entropy, a divergence, or both, from one product: (loss, sums). Cross-entropy is
         measured in any case, as it costs nothing more; of its own words it is the student's doubt.
         """
-        by_kind = {type(term): name for name, term in pair.items()}
-        entropy, compared = by_kind.get(CrossEntropy), by_kind.get(Divergence)
+        entropies = [name for name, term in pair.items() if isinstance(term, CrossEntropy)]
+        compared = next((n for n, term in pair.items() if isinstance(term, Divergence)), None)
         term = self.head[compared] if compared else Divergence(0.0)
         assert isinstance(term, Divergence)
         loss, entropy_N, divergence_N = linear_cross_entropy_divergence_loss(
@@ -198,7 +208,7 @@ class Objectives:
             batch.labels_BT.flatten()[batch.targets_N],
             outputs.teacher_NE if compared else None,
             outputs.teacher_weight_VE if compared else None,
-            cross_entropy_weight=scale[entropy] if entropy else 0.0,
+            cross_entropy_weight=sum(scale[name] for name in entropies),
             divergence_weight=scale[compared] if compared else 0.0,
             divergence=term.divergence,
             beta=term.beta,
@@ -207,7 +217,7 @@ class Objectives:
             impl=self.impl,
         )
         measured = "own_words" if self.own_words else "cross_entropy"
-        sums = {entropy or measured: entropy_N.sum()}
+        sums = dict.fromkeys(entropies or [measured], entropy_N.sum())
         if compared:
             assert divergence_N is not None
             sums[compared] = divergence_N.sum()

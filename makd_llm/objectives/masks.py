@@ -18,3 +18,13 @@ class Masks(NamedTuple):
     def summed(self, values_BT: Tensor) -> Tensor:
         """Over the tokens that count."""
         return torch.where(self.tokens_BT, values_BT, 0.0).sum()
+
+    def seen_by(self, window: int | None) -> Tensor:
+        """How many keys each token sees, itself among them, (B, T) int64: at least 1. window: the
+        last so many.
+        """
+        keys_BT = torch.ones_like(self.tokens_BT) if self.keys_BT is None else self.keys_BT
+        seen_BT = keys_BT.long().cumsum(1)
+        if window is not None and window < seen_BT.shape[1]:
+            seen_BT[:, window:] -= seen_BT[:, :-window].clone()
+        return seen_BT.clamp_min(1)

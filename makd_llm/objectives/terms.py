@@ -126,7 +126,10 @@ def matrix_term(
     return Term(
         "matrix",
         weight,
-        tuple((Place("matrix", ours), Place("matrix", theirs)) for ours, theirs in keys),
+        tuple(
+            (Place("fed" if teacher_input else "matrix", ours), Place("matrix", theirs))
+            for ours, theirs in keys
+        ),
         distance,
         replay if teacher_input else None,
         Needs(matrix_input=teacher_input),

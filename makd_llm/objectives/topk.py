@@ -87,4 +87,6 @@ def _chunk(
         rest_nV = logits_nV.scatter(-1, ids_nK, -torch.inf)
         outcomes_nO = torch.cat([outcomes_nO, rest_nV.logsumexp(-1, keepdim=True)], -1)
     log_q_nO = outcomes_nO.log_softmax(-1)
-    return DIVERGENCES[divergence](log_p_nO, log_q_nO, beta, alpha)
+    found_n = DIVERGENCES[divergence](log_p_nO, log_q_nO, beta, alpha)
+    # None is below 0 but by rounding; the gradient stays.
+    return found_n - found_n.detach().clamp_max(0.0)

@@ -18,7 +18,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.config import DataConfig, DistilConfig
-from makd_llm.data.batch import counts_of
+from makd_llm.data.batch import collate, counts_of, examples_of
 from makd_llm.data.loader import TrainLoader
 from makd_llm.data.schema import Example
 from makd_llm.factorize.student import Recipe, factorize
@@ -149,12 +149,16 @@ def named_parameters(trained: Trained) -> dict[str, torch.nn.Parameter]:
 
 
 def gradients(
-    folder: Path, student: Path, ds: dict[str, Any], **changes: Any
+    folder: Path, student: Path, ds: dict[str, Any], *, copies: int = 1, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """The gradient of one optimizer step's loss, whole, before clipping. changes: as in parts."""
+    """The gradient of one optimizer step's loss, whole, before clipping. copies: how often each
+    record is in its micro-batch; changes: as in parts.
+    """
     made = parts(folder, student, ds, **changes)
     trained, teacher, objectives, loader = made
     batches = loader.next_step()
+    if copies > 1:
+        batches = [collate(examples_of(batch) * copies, pad_id=2) for batch in batches]
     counts = counts_of(batches)
     totals = distributed.sum_over_ranks(torch.tensor(list(counts.values()))).tolist()
     denominators = dict(zip(counts, totals, strict=True))

@@ -173,7 +173,8 @@ def build_projections(objectives: Objectives, pairing: Pairing) -> dict[Point, P
     """The learned projections that the objectives' terms need; empty where the widths agree."""
     points: set[Point] = set()
     for term in objectives.terms.values():
-        points |= term.needs.matrix | {(layer, HIDDEN) for layer in term.needs.hidden}
+        needs = term.needs
+        points |= needs.matrix | needs.fed | {(layer, HIDDEN) for layer in needs.hidden}
     found = {point: pairing.projection(*point) for point in sorted(points)}
     return {point: projection for point, projection in found.items() if projection is not None}
 

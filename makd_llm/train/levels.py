@@ -1,7 +1,7 @@
 """How much each level counts, step by step: the balance of the levels and the schedule.
 
 Levels differ by orders of magnitude and change at different speeds. `LevelBalance` keeps each
-level's share of the loss at a given ratio; `staged_level` says which level learns when levels take
+level's share of the loss at a given ratio; `staged_turn` says which level learns when levels take
 turns.
 """
 
@@ -44,16 +44,16 @@ class LevelBalance:
             self.multiplier[level] = self.shares[level] / loss / unit
 
 
-def staged_level(step: int, steps: int, shares: Mapping[str, float]) -> str:
+def staged_turn(step: int, steps: int, shares: Mapping[str, float]) -> tuple[str, int]:
     """The level that learns at `step` (from 1 to `steps`) where matrix, layer and model take turns,
-    as TinyBERT's two stages do. shares: of the steps, in that order; levels with share 0 never
-    come.
+    as TinyBERT's two stages do, and the steps before its turn. shares: of the steps, in that order;
+    levels with share 0 never come.
     """
     total = sum(shares.values())
-    reached = 0.0
-    level = ""
+    reached, before = 0.0, 0
     for level, share in shares.items():
         reached += share / total * steps
         if share > 0 and step <= round(reached):
-            return level
-    return level
+            return level, before
+        before = round(reached)
+    raise ValueError(f"step {step} is not one of {steps}")

@@ -24,7 +24,7 @@ from makd_llm.errors import Diverged, Interrupted
 from makd_llm.memory import Peak
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
-from makd_llm.train.levels import LevelBalance, staged_level
+from makd_llm.train.levels import LevelBalance, staged_turn
 from makd_llm.train.metrics import Metrics
 from makd_llm.train.on_policy import OnPolicy
 
@@ -64,6 +64,10 @@ class Loop:
         self.step = 0
         self.bad_in_a_row = 0
         self.skipped = 0
+        self._shares: dict[str, torch.Tensor] = {}
+        """This rank's share of each objective's mean, where it last counted since the last log."""
+        self._latest: dict[str, float] = {}
+        """Each objective's mean when it was last measured."""
         self._resume()
 
     def run(self, step_fn: StepFn) -> None:
@@ -103,6 +107,8 @@ class Loop:
                 "bad_in_a_row": self.bad_in_a_row,
                 "multiplier": self.balance.multiplier if self.balance else {},
                 "on_policy": self.on_policy.state_dict() if self.on_policy else {},
+                "shares": {name: share.item() for name, share in self._shares.items()},
+                "latest": self._latest,
             },
         )
 
@@ -116,6 +122,11 @@ class Loop:
             state["bad_in_a_row"],
         )
         self.loader.load_state_dict(state["loader"])
+        self._shares = {
+            name: torch.tensor(share, dtype=torch.float64, device=distributed.device())
+            for name, share in state["shares"].items()
+        }
+        self._latest = state["latest"]
         if self.balance:
             self.balance.multiplier = state["multiplier"]
         if self.on_policy:
@@ -137,17 +148,20 @@ class Loop:
             for name, value in step_fn(batch.to(distributed.device()), denominators).sums.items():
                 sums[name] = sums[name] + value if name in sums else value
             self.model.step()
+        for name, value in sums.items():
+            self._shares[name] = value.double() / denominators[self.objectives.unit_of(name)]
         self._watch(batches, metrics)
         validation_loss = self.on_policy.after_step(self.step) if self.on_policy else None
         balancing = self.balance is not None and self.balance.due(self.step)
         if (
             balancing
+            or validation_loss is not None
             or self.step % self.settings.log_every == 0
             or self.step == self.settings.steps
         ):
-            means = self._means(sums, denominators)
+            means = self._means()
             if balancing and self.model.step_applied:
-                self._measure_levels(means)
+                self._measure_levels()
             seconds = time.monotonic() - began
             metrics.write(
                 self.step,
@@ -185,28 +199,34 @@ class Loop:
         if self.balance:
             multiplier.update(self.balance.multiplier)
         if self.settings.staged:
-            turn = staged_level(self.step, self.settings.steps, self.settings.staged)
+            turn, before = staged_turn(self.step, self.settings.steps, self.settings.staged)
             multiplier = {level: m if level == turn else 0.0 for level, m in multiplier.items()}
+            self.objectives.steps_before = before
         self.objectives.multiplier = multiplier
         self.objectives.step = self.step
 
-    def _measure_levels(self, means: dict[str, float]) -> None:
+    def _measure_levels(self) -> None:
+        """By what every objective was when it last counted, and with its full weight: one that
+        skips steps or is still warming up is not to be made up for.
+        """
         assert self.balance is not None
         losses: dict[str, float] = {}
-        for name, value in means.items():
+        for name, value in self._latest.items():
             level = self.objectives.level_of(name)
-            losses[level] = losses.get(level, 0.0) + self.objectives.weight_of(name) * value
+            losses[level] = losses.get(level, 0.0) + self.objectives.full_weight_of(name) * value
         self.balance.measure(losses)
 
-    def _means(
-        self, sums: dict[str, torch.Tensor], denominators: dict[str, float]
-    ) -> dict[str, float]:
-        """Each objective's mean over all ranks; one collective, one device-to-host copy."""
-        names = list(sums)
-        stacked = distributed.sum_over_ranks(torch.stack([sums[n].double() for n in names]))
-        units = [self.objectives.unit_of(name) for name in names]
-        values: list[float] = stacked.tolist()
-        return {n: v / denominators[u] for n, v, u in zip(names, values, units, strict=True)}
+    def _means(self) -> dict[str, float]:
+        """The mean over all ranks of each objective that has counted since this was last asked, as
+        it last was; one collective, one device-to-host copy.
+        """
+        stacked = torch.stack(list(self._shares.values()))
+        values: list[float] = distributed.sum_over_ranks(stacked).tolist()
+        means = dict(zip(self._shares, values, strict=True))
+        self._shares = {}
+        if self.model.step_applied:
+            self._latest |= means
+        return means
 
     def _watch(self, batches: list[Batch], metrics: Metrics) -> None:
         """Counts steps that DeepSpeed skipped because the gradient was not finite; gives up after

@@ -34,6 +34,7 @@ def distill_step(
             name: ask(batch, term, objectives.step, teacher_hidden_BTD, teacher_weight_VD)
             for name, term in objectives.asked.items()
         }
+    del replay  # what has been fed need not wait for the backward
     losses = objectives(model_level, shown_by_student, shown_by_teacher, batch, denominators)
     for name, question in questions.items():
         term = objectives.attributions[name]

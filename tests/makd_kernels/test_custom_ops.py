@@ -1,5 +1,7 @@
 """The ops as torch knows them: schemas, fake tensors, autograd, and graphs that do not break."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +88,22 @@ def test_lowrank_chain() -> None:
     opcheck(lowrank_chain_op, (x, down, up, bias))
     fixed = [t.detach() for t in (x, down, up)]
     opcheck(lowrank_chain_backward_op, (normal(5, 7), *fixed, normal(5, 2)))
+
+
+def test_a_backward_goes_through_the_backward_of_the_chain() -> None:
+    """AD-KD's exact way: the slope of a gradient, which goes through both factors and x."""
+
+    def slopes(apply: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        tensors = [
+            normal(*shape, seed=i, grad=True) for i, shape in enumerate(((5, 4), (2, 4), (7, 2)))
+        ]
+        score = apply(*tensors).sin().sum()
+        (gradient,) = torch.autograd.grad(score, tensors[0], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), tensors)
+
+    chained = slopes(lambda x, down, up: lowrank_chain_op(x, down, up, None)[0])
+    for one, other in zip(chained, slopes(lambda x, d, u: x @ d.mT @ u.mT), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -117,12 +117,16 @@ def test_replay_gives_each_matrix_the_others_input() -> None:
     model = built("llama", CAPTURING_SDPA)
     family = family_of(model.config)
     x = torch.randn(1, 5, 32)
-    needs = Needs(matrix=frozenset({(0, "q"), (0, "k")}))
+    pairs = frozenset({(0, "q"), (0, "k")})
+    needs = Needs(matrix=pairs, fed=pairs)
     with capture(model, family, needs, replay={(0, "q"): x, (0, "k"): 2 * x}) as shown:
         model(torch.arange(5)[None])
     attention = model.get_submodule(family.layers)[0].self_attn  # type: ignore[index]
-    assert torch.equal(shown.matrix[0, "q"], attention.q_proj(x))
-    assert torch.equal(shown.matrix[0, "k"], attention.k_proj(2 * x))
+    assert torch.equal(shown.fed[0, "q"], attention.q_proj(x))
+    assert torch.equal(shown.fed[0, "k"], attention.k_proj(2 * x))
+    with capture(model, family, Needs(matrix=pairs)) as own:
+        model(torch.arange(5)[None])
+    assert all(torch.equal(shown.matrix[pair], own.matrix[pair]) for pair in pairs)
 
 
 @pytest.mark.parametrize("name", MODELS)

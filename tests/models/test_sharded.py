@@ -7,13 +7,16 @@ import torch
 from transformers import LlamaConfig
 
 from makd_llm.models import sharded
+from makd_llm.models.families import FAMILIES
 from makd_llm.models.modeling_lowrank import (
     LowRankLinear,
     lowrank_config,
     model_class_for,
     two_matmuls,
 )
+from makd_llm.testing import tiny_config
 
+EXPERTS = ("mixtral", "_moe")  # have no low-rank model yet
 CONFIG = {"train_micro_batch_size_per_gpu": 1}
 
 
@@ -37,3 +40,16 @@ def test_low_rank_products(
     model(input_ids=torch.tensor([[1, 2, 3]]))
     factored = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     assert len(factored) == 2 and asked == [expected] * 2
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.endswith(EXPERTS)])
+def test_two_forwards_of_a_model_that_learns_are_equal(tmp_path: Path, family: str) -> None:
+    """Whatever its config says of dropout, and wherever its attention reads the rate."""
+    config = tiny_config(family)
+    rates = [name for name, value in vars(config).items() if "drop" in name and value is not None]
+    for name in rates:
+        setattr(config, name, 0.5)
+    model_class_for(config)(config).save_pretrained(tmp_path)
+    model = sharded.load_sharded(tmp_path, CONFIG, torch.float32).model.train()
+    ids = torch.arange(2, 14)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids).logits)

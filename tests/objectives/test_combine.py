@@ -2,6 +2,7 @@
 # B batch, T tokens, V vocabulary, D width
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,30 @@ def test_two_divergences_and_no_cross_entropy(batch: Batch) -> None:
     torch.testing.assert_close(loss.double(), total, rtol=1e-6, atol=0)
     assert sums.keys() == {"forward", "reverse", "cross_entropy"}, "the last is measured only"
     assert objectives.scale_of("cross_entropy") == 0.0
+
+
+def test_cross_entropies_add_up_and_are_all_measured(batch: Batch) -> None:
+    ours = torch.randn(B, T, D).double(), torch.randn(V, D).double()
+    theirs = torch.randn(B, T, D).double(), torch.randn(V, D).double()
+
+    def at_head(**head: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        made = Objectives({}, {**head, "logits": Divergence(2.0)})
+        return made.at_head(batch, {"targets": 5.0, "tokens": 1.0}, *theirs)(*ours)
+
+    once, sums = at_head(one=CrossEntropy(6.0))
+    twice, both = at_head(one=CrossEntropy(1.0), other=CrossEntropy(5.0))
+    torch.testing.assert_close(twice, once)
+    assert both["one"] == both["other"] == sums["one"]
+
+
+def test_a_turn_counts_from_its_own_first_step() -> None:
+    timing = Timing(every=2, warmup_steps=4)
+    objectives = Objectives({}, {"logits": Divergence(4.0, timing=timing)})
+    objectives.steps_before = 7
+    scales = []
+    for objectives.step in range(8, 13):
+        scales.append(objectives.scale_of("logits"))
+    assert scales == [1.0, 0.0, 3.0, 0.0, 4.0]
 
 
 def test_an_objective_that_skips_steps_is_not_computed_on_them_and_one_warms_up(

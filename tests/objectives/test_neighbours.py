@@ -76,6 +76,9 @@ def test_relations_are_those_of_minilm_among_the_tokens_before(heads: int) -> No
     found.backward()
     assert theirs.grad is None and ours.grad is not None
     assert ours.grad[mask].any() and not ours.grad[~mask].any()
+    assert torch.autograd.gradcheck(
+        lambda x: relation_divergence(x, theirs, Masks(mask, mask), heads=heads), ours
+    )
 
 
 def test_relations_need_heads_that_divide_both_widths() -> None:
@@ -145,6 +148,30 @@ def test_hard_ranks_are_spearmans() -> None:
     found = spearman(ours, theirs, torch.ones(7, 9, dtype=torch.bool), softness=1e-6)
     for row, a, b in zip(found, ours, theirs, strict=True):
         assert row.item() == pytest.approx(correlation_of_ranks(a, b), abs=1e-6)
+
+
+def test_soft_ranks_are_in_units_of_the_logits_deviation() -> None:
+    ours, theirs = random(3, 6, seed=8), random(3, 6, seed=9)
+    found = spearman(ours, theirs, torch.ones(3, 6, dtype=torch.bool), softness=0.7)
+    for row, z, y in zip(found, ours, theirs, strict=True):
+        s = 0.7 * z.std(correction=0)
+        soft = 0.5 + torch.sigmoid((z[None, :] - z[:, None]) / s).sum(1)
+        hard = 1.0 + (y[None, :] > y[:, None]).sum(1)
+        expected = torch.corrcoef(torch.stack([soft, hard.double()]))[0, 1]
+        assert row.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_ranking_has_the_gradient_of_its_value_at_a_fixed_scale() -> None:
+    """The scale of the ranks is not learnt through, so it is held where values are compared."""
+    theirs, valid = random(2, 5, seed=9), torch.ones(2, 5, dtype=torch.bool)
+    z = random(2, 5, seed=8, learns=True)
+    spread = z.detach().std(-1, correction=0, keepdim=True)
+
+    def held(x: Tensor) -> Tensor:
+        softness = spread / x.detach().std(-1, correction=0, keepdim=True)
+        return spearman(x, theirs, valid, softness)  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(held, z)
 
 
 def test_ranking_looks_at_the_union_of_both_models_likeliest_tokens() -> None:

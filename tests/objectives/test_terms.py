@@ -25,7 +25,7 @@ def relative(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def test_matrices_are_compared_with_the_layers_and_features_that_are_named() -> None:
-    student = Shown(matrix={(0, "q"): random(B, T, 4), (1, "q"): random(B, T, 4)})
+    student = Shown(fed={(0, "q"): random(B, T, 4), (1, "q"): random(B, T, 4)})
     teacher = Shown(
         matrix={(2, "q"): random(B, T, 6), (5, "q"): random(B, T, 4)},
         matrix_input={(2, "q"): random(B, T, 3), (5, "q"): random(B, T, 3)},
@@ -39,14 +39,14 @@ def test_matrices_are_compared_with_the_layers_and_features_that_are_named() -> 
         outputs={(0, "q"): Selection([5, 4, 0, 1])},
         inputs={(1, "q"): Selection([2, 0])},
     )
-    first = relative(student.matrix[0, "q"], teacher.matrix[2, "q"][..., [5, 4, 0, 1]])
-    second = relative(student.matrix[1, "q"], teacher.matrix[5, "q"])
+    first = relative(student.fed[0, "q"], teacher.matrix[2, "q"][..., [5, 4, 0, 1]])
+    second = relative(student.fed[1, "q"], teacher.matrix[5, "q"])
     torch.testing.assert_close(
         term.compare(student, teacher, MASKS), ((first + second) / 2)[REAL].sum()
     )
 
     objectives = Objectives({"matrix": term}, {"logits": Divergence(1.0)})
-    assert objectives.needs_of_student == Needs(matrix=frozenset({(0, "q"), (1, "q")}))
+    assert objectives.needs_of_student == Needs(fed=frozenset({(0, "q"), (1, "q")}))
     assert objectives.needs_of_teacher == Needs(
         matrix=frozenset({(2, "q"), (5, "q")}), matrix_input=True
     )
@@ -90,6 +90,30 @@ def test_heads_are_compared_with_those_that_are_named(impl: str) -> None:
     kl = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1).mean(1)
     torch.testing.assert_close(found, kl[REAL].sum())
     assert term.needs_of_teacher == Needs(attention=frozenset({3}))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_error_of_attention_scores_is_their_mean_over_the_keys_that_a_token_sees(
+    window: int | None,
+) -> None:
+    keys = REAL.clone()
+    keys[0, 0] = False  # padding on the left
+    sides = [AttentionShown(random(B, 2, T, 4), random(B, 2, T, 4), None, window) for _ in range(2)]
+    scores = [side.query_BHTD @ side.key_BGTD.mT / 2.0 for side in sides]
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    if window:
+        seen = seen.triu(1 - window)
+    error, counted = 0.0, REAL & keys
+    for b in range(B):
+        for t in range(T):
+            visible = seen[t] & keys[b]
+            if counted[b, t]:
+                gap = (scores[0] - scores[1])[b, :, t, visible]
+                error += gap.square().mean(-1).mean().item()
+    term = attention_term([0], weight=1.0, divergence="logit_mse", impl="torch")
+    first, second = (Shown(attention={0: side}) for side in sides)
+    found = term.compare(first, second, Masks(counted, keys))
+    assert found.item() == pytest.approx(error, rel=1e-9)
 
 
 def test_an_idle_zero_is_part_of_the_loss() -> None:

@@ -164,3 +164,19 @@ def test_what_was_not_stored_is_not_made_up(top: str | None, words: str) -> None
     made = outputs(5) if top else outputs(5, top=None)
     with pytest.raises(ValueError, match=words):
         topk_divergence(made, temperature=3.0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=of)
+def test_never_negative_where_a_bf16_student_agrees_and_the_gradient_stays(
+    kind: dict[str, Any],
+) -> None:
+    x_ND, weight_VD = random(400, D, seed=1).bfloat16(), random(V, D, seed=2).bfloat16()
+    top = top_tokens(x_ND, weight_VD, 16, (1.0,))
+    nothing = x_ND[:, :0]
+    given = Outputs(
+        x_ND.requires_grad_(), weight_VD, nothing, weight_VD[:, :0], torch.zeros(400), top
+    )
+    loss_N = topk_divergence(given, **kind)
+    assert (loss_N >= 0).all() and loss_N.max() < 1e-4
+    (gradient,) = torch.autograd.grad(loss_N.sum(), x_ND)
+    assert torch.isfinite(gradient).all()

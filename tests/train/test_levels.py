@@ -8,7 +8,7 @@ from makd_llm.config import DistilConfig
 from makd_llm.errors import UserError
 from makd_llm.models.families import FAMILIES
 from makd_llm.train.build import build_objectives
-from makd_llm.train.levels import LevelBalance, staged_level
+from makd_llm.train.levels import LevelBalance, staged_turn
 
 
 def test_balance_brings_the_levels_to_their_shares_and_leaves_the_model_level_alone() -> None:
@@ -36,10 +36,11 @@ def test_it_is_due_at_the_first_step_and_every_n_after() -> None:
 
 def test_stages_follow_their_shares() -> None:
     shares = {"matrix": 0.25, "layer": 0.25, "model": 0.5}
-    turns = [staged_level(step, 8, shares) for step in range(1, 9)]
-    assert turns == ["matrix"] * 2 + ["layer"] * 2 + ["model"] * 4
+    turns = [staged_turn(step, 8, shares) for step in range(1, 9)]
+    assert turns == [("matrix", 0)] * 2 + [("layer", 2)] * 2 + [("model", 4)] * 4
     shares = {"matrix": 0.0, "layer": 1.0, "model": 2.0}
-    assert [staged_level(step, 3, shares) for step in (1, 2, 3)] == ["layer", "model", "model"]
+    turns = [staged_turn(step, 3, shares) for step in (1, 2, 3)]
+    assert turns == [("layer", 0), ("model", 1), ("model", 1)]
 
 
 def test_the_schedule_learns_from_the_first_step_to_the_last() -> None:

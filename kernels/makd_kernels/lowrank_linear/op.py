@@ -56,6 +56,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
+    if torch.is_grad_enabled():  # this backward is to be differentiated itself: products can be
+        x, down, up, _ = ctx.saved_tensors
+        grad_narrow = grad @ up
+        plain = grad_narrow @ down, grad_narrow.mT @ x, grad.mT @ (x @ down.mT)
+        return *plain, grad.sum(0) if ctx.biased else None
     grads = lowrank_chain_backward_op(grad, *ctx.saved_tensors)
     return *grads, grad.sum(0) if ctx.biased else None
 
