@@ -5,11 +5,11 @@
 
 One run folder: the teacher is tuned and the student is cut once, and the stage distil runs again
 for each preset, in a process of its own, optimizer and writing of texts included. What stands after
-`--` goes to every command. Columns: seconds of a step without the first (median and mean: they
-differ where some steps do more than others), the mean's ratio to kd's, the peak memory of the rank
-that needed most while it learnt, all that a process holds, its ratio, the loss at the first and the
-last step (of different objectives: not to be compared with each other), and the seconds of the
-whole command, with loading, the teacher's writing, saving. Presets run one after the other, so
+`--` goes to every command. Columns: seconds of a step without the first (median, mean and most:
+they differ where some steps do more than others), the mean's ratio to kd's; the peak memory of the
+rank that needed most while it learnt, all that a process holds, and its ratio; the loss at the
+first and the last step (of different objectives: not to be compared with each other); the seconds
+of the whole command, with loading, the teacher's writing, saving. Presets run one after the other, so
 ratios of a few per cent are the machine's; benchmarks/step.py takes turns.
 """
 
@@ -81,6 +81,7 @@ def row_of(preset: str, asked: argparse.Namespace, kd: dict[str, Any] | None) ->
         "steps": len(steps),
         "step_median_s": f"{statistics.median(seconds):.2f}",
         "step_mean_s": f"{mean:.2f}",
+        "step_most_s": f"{max(seconds):.2f}",
         "time_to_kd": f"{mean / float(kd['step_mean_s']) if kd else 1.0:.2f}",
         "peak_MB": "" if peak is None else f"{peak:.0f}",
         "memory_to_kd": "" if peak is None else f"{peak / float(kd['peak_MB']) if kd else 1.0:.2f}",

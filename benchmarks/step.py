@@ -56,7 +56,7 @@ SETS: dict[str, list[str]] = {
     "kd + matrix": ["distil.preset=kd", "distil.objectives.matrix.weight=1"],
     "kd + attention": ["distil.preset=kd", "distil.objectives.attention.weight=1"],
     "kd + hidden": ["distil.preset=kd", "distil.objectives.hidden.weight=1"],
-    "makd, both aspects everywhere": [
+    "makd everywhere": [
         "distil.preset=makd",
         "distil.objectives.matrix.layers=all",
         "distil.objectives.attention.layers=all",

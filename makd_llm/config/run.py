@@ -145,8 +145,8 @@ class HeadsConfig(Section):
 
 
 class StudentConfig(Section):
-    """How the student is cut from the teacher: its shape, in this order, then its ranks (methods.md
-    sections 4 and 5).
+    """How the student is cut from the teacher: its shape, in this order, then its ranks.
+    docs/students.md has the choices.
     """
 
     depth: DepthConfig | None = None

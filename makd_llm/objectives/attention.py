@@ -1,7 +1,7 @@
 """Layer level: divergence of the attention distributions, mean over the student's heads.
 
 L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary queries and keys
-(methods.md section 1; the attention maps themselves never exist, see makd_kernels.attention_kl).
+(docs/methods/makd.md; the attention maps themselves never exist, see makd_kernels.attention_kl).
 """
 # B batch, T tokens, H query heads
 

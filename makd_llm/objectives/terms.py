@@ -108,7 +108,7 @@ def matrix_term(
 
     teacher_input: each factor pair is fed what the teacher's matrix was fed (local, no error
     carried in), rather than the student's own stream. outputs, inputs: what is picked of the
-    teacher's, where that is not everything. Source: MaKD, reconstruction (methods.md section 1).
+    teacher's, where that is not everything. Source: MaKD, reconstruction (docs/methods/makd.md).
     """
     keys = [
         ((ours, role), (theirs, role))

@@ -1,7 +1,7 @@
 """Fewer key-value heads: similar ones are merged, and their queries share what comes of it.
 
 With grouped queries (GQA) every key-value head serves a group of query heads. In each layer, sets
-of groups with similar concatenated W_q and W_k are found (head sharing, methods.md section 4; the
+of groups with similar concatenated W_q and W_k are found (head sharing, docs/students.md; the
 greedy search is ours), and each set gets one key-value head: the mean of its keys' and of its
 values' rows. Query heads are put in the order in which the merged heads want them, and the columns
 of `o` likewise, so that no query head is lost.

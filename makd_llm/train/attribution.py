@@ -44,7 +44,7 @@ def attribution_loss(
 
     exact: by a backward through the backward, rather than by differences. The teacher gets no
     gradient. Collective: every rank runs the same number of forward passes. Source: AD-KD, for
-    decoders (ours, methods.md section 2).
+    decoders (ours, docs/methods/adkd.md).
     """
     theirs = Explained(teacher, batch, question, whole=exact)
     ours = Explained(student, batch, question, whole=exact)

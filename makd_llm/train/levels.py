@@ -15,8 +15,7 @@ class LevelBalance:
     """Multipliers m_l such that m_l L_l are in the ratio of the shares; the reference level keeps m
     = 1.
 
-    Reconstruction (ours; methods.md section 1 asks for the ratio of gradient norms, or of losses,
-    which is cheaper and what this does). The reference is `model` where it is on, otherwise the
+    Reconstruction (ours: that of gradient norms would do as well, that of losses is cheaper). The reference is `model` where it is on, otherwise the
     first level.
     """
 
