@@ -9,8 +9,8 @@ for each preset, in a process of its own, optimizer and writing of texts include
 they differ where some steps do more than others), the mean's ratio to kd's; the peak memory of the
 rank that needed most while it learnt, all that a process holds, and its ratio; the loss at the
 first and the last step (of different objectives: not to be compared with each other); the seconds
-of the whole command, with loading, the teacher's writing, saving. Presets run one after the other, so
-ratios of a few per cent are the machine's; benchmarks/step.py takes turns.
+of the whole command, with loading, the teacher's writing, saving. Presets run one after the other,
+so ratios of a few per cent are the machine's; benchmarks/step.py takes turns.
 """
 
 import argparse

@@ -15,8 +15,8 @@ class LevelBalance:
     """Multipliers m_l such that m_l L_l are in the ratio of the shares; the reference level keeps m
     = 1.
 
-    Reconstruction (ours: that of gradient norms would do as well, that of losses is cheaper). The reference is `model` where it is on, otherwise the
-    first level.
+    Reconstruction (ours: the ratio of gradient norms would do as well, that of losses is cheaper).
+    The reference is `model` where it is on, otherwise the first level.
     """
 
     shares: Mapping[str, float]
