@@ -3,8 +3,8 @@
 A plain prompt goes to `/v1/completions`, a chat to `/v1/chat/completions`. The client of `openai`
 asks again after refused connections, time-outs, 408, 409, 429 and 5xx, waits longer each time (up
 to 8 s, with jitter) or as long as Retry-After says (up to two minutes). What no repetition can mend
-ends the run in one line; so does a request that failed once too often. Either way the requests that
-are under way come to their end first, and whole pieces are kept.
+ends the run in one line; so does a request that failed once too often. Whatever ends it, requests
+that are under way come to their end first, and whole pieces are kept.
 
 What the server's own generation settings add (a repetition penalty, say) is out of sight here;
 vLLM leaves them away with `--generation-config vllm`.
@@ -22,8 +22,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import openai
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
 
 from makd_llm.errors import Interrupted, RunEnded, Unavailable, UserError
 from makd_llm.generation.decoding import Decoding
@@ -34,6 +32,9 @@ KEY = "OPENAI_API_KEY"
 
 WORTH_ANOTHER_TRY = (408, 409, 429)
 """Of the 4xx, those that may go away; the client asks again after them and after 5xx."""
+
+UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+"""What the client raises for an answer that calls itself JSON and is none."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class EndpointWriter:
                 "local engine write (without --endpoint)"
             )
         self._endpoint, self._documents, self._decoding = endpoint, documents, decoding
-        self._failure: RunEnded | None = None
+        self._failure: Exception | None = None
 
     def write(self, pieces: Sequence[int], save: Save, advance: Callable[[int], None]) -> None:
         """Writes the pieces; each is saved when its last answer is there. advance: is told how many
@@ -112,10 +113,10 @@ class EndpointWriter:
         async def ask_until_the_end(client: openai.AsyncOpenAI) -> None:
             try:
                 await ask_on(client)
-            except (openai.OpenAIError, json.JSONDecodeError) as error:
+            except (openai.OpenAIError, *UNREADABLE) as error:
                 self._failure = self._failure or self._ended_by(error)
-            except RunEnded as ended:
-                self._failure = self._failure or ended
+            except Exception as error:  # noqa: BLE001 - raised below, when no request is under way
+                self._failure = self._failure or error
 
         with _stopping():
             async with self._client() as client, asyncio.TaskGroup() as group:
@@ -149,22 +150,20 @@ class EndpointWriter:
     async def _ask(self, client: openai.AsyncOpenAI, place: int, copy: int) -> Text:
         prompt: Any = self._documents.request(place)
         settings, more = self._settings(place, copy)
-        written: str | None
-        if isinstance(prompt, str):
-            completion = await client.completions.create(prompt=prompt, extra_body=more, **settings)
-            choice = self._checked(completion, Completion).choices[0]
-            written = choice.text
-        else:
+        try:
+            if isinstance(prompt, str):
+                return self._text(
+                    await client.completions.create(prompt=prompt, extra_body=more, **settings)
+                )
             if options := self._documents.prompts.template_options:
                 more = {**more, "chat_template_kwargs": options}
-            chat = await client.chat.completions.create(
-                messages=prompt, extra_body=more, **settings
+            return self._text(
+                await client.chat.completions.create(messages=prompt, extra_body=more, **settings)
             )
-            choice = self._checked(chat, ChatCompletion).choices[0]
-            written = choice.message.content
-        # Half of a surrogate pair, which JSON can spell, has no UTF-8 form.
-        text = (written or "").encode("utf-8", "replace").decode("utf-8")
-        return Text(text.strip(), ended=choice.finish_reason == "stop")
+        except openai.BadRequestError as error:
+            if error.code == "content_filter":
+                return Text("", ended=False)
+            raise
 
     def _settings(self, place: int, copy: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Those of the protocol, and what servers of open models understand beside it."""
@@ -179,11 +178,25 @@ class EndpointWriter:
         settings |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": seed}
         return settings, {} if decoding.top_k is None else {"top_k": decoding.top_k}
 
-    def _checked(self, answer: Any, kind: type[Any]) -> Any:
-        """An answer that has a choice; anything may stand behind a URL."""
-        if not isinstance(answer, kind) or not getattr(answer, "choices", None):
+    def _text(self, answer: object) -> Text:
+        """What an answer holds; anything may stand behind a URL. What a filter kept back, or what
+        is null, is an empty text.
+        """
+        found = answer.to_dict(warnings=False) if isinstance(answer, openai.BaseModel) else {}
+        match found.get("choices"):
+            case [{"finish_reason": "content_filter"}, *_]:
+                return Text("", ended=False)
+            case [{"text": written, **choice}, *_]:
+                pass
+            case [{"message": {"role": _} | {"content": _} as message, **choice}, *_]:
+                written = message.get("content")  # some servers leave a null out
+            case _:
+                raise self._no_server()
+        if not isinstance(written, str | None):
             raise self._no_server()
-        return answer
+        # Half of a surrogate pair, which JSON can spell, has no UTF-8 form.
+        text = (written or "").encode("utf-8", "replace").decode("utf-8")
+        return Text(text.strip(), ended=choice.get("finish_reason") == "stop")
 
     def _no_server(self) -> UserError:
         return UserError(
@@ -194,9 +207,9 @@ class EndpointWriter:
     def _ended_by(self, error: Exception) -> RunEnded:
         """What a failed request means for the run, without the key in it."""
         where = f"{self._endpoint.base_url} ({self._endpoint.model})"
-        if isinstance(error, json.JSONDecodeError):
+        if isinstance(error, UNREADABLE):
             return self._no_server()
-        reason = _said(error)
+        reason = self._said(error)
         if isinstance(error, openai.APIStatusError):
             code = error.status_code
             if code < 500 and code not in WORTH_ANOTHER_TRY:
@@ -211,12 +224,10 @@ class EndpointWriter:
             "was finished is kept, and the same command goes on from it"
         )
 
-
-def _said(error: Exception) -> str:
-    """The reason in at most 300 characters, with the key taken out should a server repeat it."""
-    reason = " ".join(str(error).split())
-    key = os.environ.get(KEY)
-    return (reason.replace(key, f"${KEY}") if key else reason)[:300]
+    def _said(self, error: Exception) -> str:
+        """The reason in at most 300 characters, without the key should a server repeat it."""
+        reason, key = " ".join(str(error).split()), os.environ.get(KEY)
+        return (reason.replace(key, f"${KEY}") if key else reason)[:300]
 
 
 @contextmanager

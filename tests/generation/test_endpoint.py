@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from makd_llm.config import DataConfig
+from makd_llm.config.run import PromptConfig
 from makd_llm.config.sequences import GenerationConfig
 from makd_llm.errors import RunEnded, Unavailable, UserError
-from makd_llm.generation.endpoint import Endpoint
+from makd_llm.generation.endpoint import Endpoint, EndpointWriter
 from makd_llm.teacher_summaries import Task, write_with_endpoint
 
 DOCUMENTS = 40
@@ -149,6 +150,11 @@ def test_a_server_that_stays_away_is_no_wrong_input(
         ((200, {}, "<html>hello</html>"), "not as an OpenAI-compatible server does"),
         ((200, {}, {"hello": 1}), "not as an OpenAI-compatible server does"),
         ((200, {"Content-Type": "application/json"}, "{"), "not as an OpenAI-compatible"),
+        ((200, {}, {"choices": [None]}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": [{}]}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": {"text": "a"}}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": [{"text": ["a"]}]}), "not as an OpenAI-compatible server does"),
+        ((200, {"Content-Type": "application/json"}, "[" * 9999), "not as an OpenAI-compatible"),
         ((404, {}, {"error": {"message": "no model tiny"}}), "check --model-name"),
     ],
 )
@@ -157,6 +163,76 @@ def test_something_else_behind_the_url(
 ) -> None:
     server.fault = lambda server, body, before: reply
     assert words in refused(task_of(tiny, tmp_path / "out"), server, UserError)
+
+
+@pytest.mark.parametrize(
+    "message", [None, {}, "text", {"content": [{"type": "text", "text": "a"}]}]
+)
+def test_an_odd_answer_to_a_chat_is_one_line(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any, message: Any
+) -> None:
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    server.fault = lambda server, body, before: (200, {}, {"choices": [choice]})
+    task = task_of(tiny, tmp_path / "out")
+    said = refused(Task(chat_teacher, task.data, task.generation, task.out), server, UserError)
+    assert "not as an OpenAI-compatible server does" in said
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"finish_reason": "content_filter", "message": None},
+        {"finish_reason": "content_filter", "message": {"content": "I ca"}},
+        {"finish_reason": "length", "message": {"content": None}},
+        {"finish_reason": "length", "message": {"role": "assistant"}},
+        None,  # refused with 400
+    ],
+)
+def test_a_document_that_is_filtered_is_left_out_and_blocks_nothing(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any, choice: Any
+) -> None:
+    filtered = expected_of(tiny)[7][1]
+
+    def answer(server: Any, body: dict[str, Any], before: int) -> Any:
+        if server.words(body) != filtered:
+            return server.answer(body)
+        if choice is None:
+            return 400, {}, {"error": {"message": "our policy", "code": "content_filter"}}
+        return 200, {}, {"choices": [{"index": 0, **choice}]}
+
+    server.fault = answer
+    task, out = task_of(tiny, tmp_path / "out"), tmp_path / "out"
+    data = task.data.model_copy(update={"prompt": PromptConfig(user_template="{document}")})
+    manifest = write(Task(chat_teacher, data, task.generation, out, piece=6), server)
+    kept = [pair for pair in expected_of(tiny) if pair[1] != filtered]
+    assert found_in(out) == kept and len(kept) < DOCUMENTS
+    assert (len(manifest["empty"]), manifest["cut"]) == (DOCUMENTS - len(kept), [])
+
+
+def test_what_nobody_foresaw_is_raised_when_no_request_is_under_way(
+    tiny: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = []
+
+    def slow(server: Any, body: dict[str, Any], before: int) -> Any:
+        time.sleep(0.2 * (server.words(body) != expected_of(tiny)[0][1]))
+        answered.append(body)
+        return server.answer(body)
+
+    text = EndpointWriter._text
+    read: list[Any] = []
+
+    def fails_once(self: EndpointWriter, answer: Any) -> Any:
+        read.append(answer)
+        if len(read) == 1:
+            raise ZeroDivisionError
+        return text(self, answer)
+
+    server.fault = slow
+    monkeypatch.setattr(EndpointWriter, "_text", fails_once)
+    with pytest.raises(ZeroDivisionError):
+        write(task_of(tiny, tmp_path / "out"), server, concurrency=4)
+    assert len(read) == len(answered) == 4, "and nothing more is asked for"
 
 
 def test_the_key_is_sent_and_never_shown(
