@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,10 +37,22 @@ UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 """What the client raises for an answer that calls itself JSON and is none."""
 
 
+def _key() -> str:
+    """The key of the environment, or nothing. Raises UserError for one that cannot be sent."""
+    key = os.environ.get(KEY, "")
+    for place, sign in enumerate(key, 1):
+        if not "!" <= sign <= "~":
+            raise UserError(
+                f"${KEY}: character {place} is a space, a line break or not ASCII, and no key has "
+                "one; set the key again"
+            )
+    return key
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A server and how it is asked. timeout: seconds for one answer. Raises UserError for a URL
-    that is none, or that holds a password.
+    that is none, or that holds a password, and for a key that cannot be sent.
     """
 
     url: str
@@ -48,6 +60,7 @@ class Endpoint:
     concurrency: int = 16
     retries: int = 10
     timeout: float = 600.0
+    key: str = field(default_factory=_key, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -129,7 +142,7 @@ class EndpointWriter:
         return openai.AsyncOpenAI(
             base_url=self._endpoint.base_url,
             # Servers of one's own ask for none, but the client insists on having one.
-            api_key=os.environ.get(KEY) or "none",
+            api_key=self._endpoint.key or "none",
             max_retries=self._endpoint.retries,
             timeout=self._endpoint.timeout,
         )
@@ -226,7 +239,7 @@ class EndpointWriter:
 
     def _said(self, error: Exception) -> str:
         """The reason in at most 300 characters, without the key should a server repeat it."""
-        reason, key = " ".join(str(error).split()), os.environ.get(KEY)
+        reason, key = " ".join(str(error).split()), self._endpoint.key
         return (reason.replace(key, f"${KEY}") if key else reason)[:300]
 
 

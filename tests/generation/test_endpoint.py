@@ -235,6 +235,16 @@ def test_what_nobody_foresaw_is_raised_when_no_request_is_under_way(
     assert len(read) == len(answered) == 4, "and nothing more is asked for"
 
 
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("sk-secrét", "sk-secret\n", "sk secret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match=r"^\$OPENAI_API_KEY: character \d+ is") as caught:
+            Endpoint("http://host/v1", "tiny")
+        assert "secr" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    assert "secret" not in repr(Endpoint("http://host/v1", "tiny"))
+
+
 def test_the_key_is_sent_and_never_shown(
     tiny: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
