@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import openai
 
@@ -49,10 +50,19 @@ def _key() -> str:
     return key
 
 
+def _is_of_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)  # the client's own reading, which refuses what urlsplit passes over
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, httpx.InvalidURL):
+        return False
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A server and how it is asked. timeout: seconds for one answer. Raises UserError for a URL
-    that is none, or that holds a password, and for a key that cannot be sent.
+    that is none, or that holds more than a server and a path, and for a key that cannot be sent.
     """
 
     url: str
@@ -63,13 +73,21 @@ class Endpoint:
     key: str = field(default_factory=_key, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        # None of these is shown: what stands before an @ or behind a ? may be a key.
+        if "@" in self.url:
             raise UserError(
-                f"--endpoint {self.url}: no URL of a server; example: http://127.0.0.1:8000/v1"
+                f"--endpoint: the URL has an @, as behind a user's name; the key belongs in ${KEY} "
+                "(an @ that is part of a path is written %40)"
             )
-        if parts.username is not None or parts.password is not None:
-            raise UserError(f"--endpoint: the URL holds a user's name; the key belongs in ${KEY}")
+        if "?" in self.url or "#" in self.url:
+            raise UserError(
+                "--endpoint: the URL has a query or a fragment (what begins with ? or #), which "
+                f"requests cannot keep; leave it out, the key belongs in ${KEY}"
+            )
+        if not _is_of_a_server(self.url):
+            raise UserError(
+                f"--endpoint {self.url!r}: no URL of a server; example: http://127.0.0.1:8000/v1"
+            )
 
     @property
     def base_url(self) -> str:

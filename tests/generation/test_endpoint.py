@@ -352,13 +352,22 @@ def test_a_prompt_that_the_server_would_see_otherwise_is_refused(
     [
         ("localhost:8000", "no URL of a server"),
         ("ftp://x/v1", "no URL of a server"),
+        ("http://[bad/v1", "no URL of a server"),
+        ("http://host:80a/v1", "no URL of a server"),
+        ("http://host:99999/v1", "no URL of a server"),
+        ("http://ho\nst/v1", "no URL of a server"),
         ("http://me:word@host/v1", "the key belongs in"),
+        ("me:word@host:8000/v1", "the key belongs in"),
+        ("//word@host/v1", "the key belongs in"),
+        ("http://me:wo/rd@host/v1", "the key belongs in"),
+        ("http://host/v1?api-key=word", "has a query or a fragment"),
+        ("http://host#word", "has a query or a fragment"),
     ],
 )
 def test_wrong_urls(url: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         Endpoint(url, "tiny")
-    assert "word@" not in str(caught.value)
+    assert "word" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_url_without_a_path_gets_its_version() -> None:
