@@ -108,15 +108,26 @@ class Pieces:
         self._remove_pieces()
 
     def manifest(self) -> dict[str, Any] | None:
-        """What is known of the folder; None: nothing. Raises UserError where it is damaged."""
+        """What is known of the folder; None: nothing. Raises UserError where it is damaged, or of
+        something else.
+        """
         path = self.folder / MANIFEST
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); name another folder"
+            ) from None
+        except (ValueError, RecursionError):
             raise UserError(f"{path}: damaged; delete the folder, or name another") from None
-        return found
+        match found:
+            case {"made_from": {}, "done": False}:
+                return dict(found)
+            case {"made_from": {}, "done": True, "summaries": int(), "cut": [*_], "empty": [*_]}:
+                return dict(found)
+        raise UserError(f"{path}: no manifest of summaries; name another folder")
 
     def _write_manifest(self, facts: dict[str, Any]) -> None:
         found = json.dumps({"made_from": self._made_from, **facts}, indent=1, ensure_ascii=False)

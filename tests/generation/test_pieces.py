@@ -118,6 +118,24 @@ def test_a_finished_file_that_went_is_written_again(tmp_path: Path) -> None:
     assert pieces_in(tmp_path).begin() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        '{"name": "an extension", "version": 3}',
+        "[1, 2]",
+        "null",
+        '{"made_from": "wool", "done": false}',
+        '{"made_from": {}, "done": true}',
+    ],
+)
+def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / "manifest.json").write_text(foreign)
+    for anew in (False, True):
+        with pytest.raises(UserError, match=r"manifest\.json: no manifest of summaries; name"):
+            pieces_in(tmp_path).begin(anew=anew)
+    assert (tmp_path / "manifest.json").read_text() == foreign
+
+
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
@@ -126,3 +144,6 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match="cannot be written"):
         pieces_in(file / "folder").begin()
+    (tmp_path / "other" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(Is a directory"):
+        pieces_in(tmp_path / "other").begin()
