@@ -139,15 +139,15 @@ def _write(
         if missing:
             write(documents, decoding, missing, pieces.save)
         facts = {"documents": len(documents), "skipped": dict(documents.skipped)}
-        distributed.on_main(pieces.join, facts)
+        if not distributed.on_main(pieces.join, facts):
+            raise UserError(
+                f"{task.model} wrote nothing for any of {len(documents)} documents; check "
+                "data.prompt, or the server that writes; the same command then begins again"
+            )
         if documents.skipped:
             tell(str(describe_skipped(documents.skipped)))
     manifest = distributed.on_main(pieces.manifest)
     assert manifest is not None
-    if not manifest["summaries"]:
-        raise UserError(
-            f"{task.model} wrote nothing for any of {len(documents)} documents; check data.prompt"
-        )
     tell(_in_words(manifest, pieces.file))
     return manifest
 

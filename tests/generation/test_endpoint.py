@@ -297,6 +297,18 @@ def test_cut_and_empty_texts_are_told(tiny: Path, tmp_path: Path, server: Any) -
     assert found_in(tmp_path / "out") == [p for p in expected_of(tiny) if p[0] not in none]
 
 
+def test_where_everything_is_empty_nothing_is_done_and_the_next_start_asks_again(
+    tiny: Path, tmp_path: Path, server: Any
+) -> None:
+    server.fault = lambda server, body, before: (200, {}, {"choices": [{"text": "", "index": 0}]})
+    task = task_of(tiny, tmp_path / "out")
+    assert "wrote nothing for any of 40 documents" in refused(task, server, UserError)
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+    server.fault = lambda server, body, before: server.answer(body)
+    assert write(task, server)["summaries"] == DOCUMENTS
+    assert found_in(tmp_path / "out") == expected_of(tiny)
+
+
 def test_a_chat_goes_as_turns_and_the_template_is_told_what_ours_is(
     tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any
 ) -> None:

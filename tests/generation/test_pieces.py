@@ -90,6 +90,16 @@ def test_joining_can_be_interrupted_too(
     assert joined(tmp_path) == expected == [f"r{i}" for i in range(12) if i != 7]
 
 
+def test_a_finished_file_without_a_text_is_written_again(tmp_path: Path) -> None:
+    pieces = pieces_in(tmp_path)
+    pieces.begin()
+    write(pieces, [0, 1, 2, 3])
+    pieces.join({})
+    told = {"made_from": {"seed": 1}, "done": True, "summaries": 0, "cut": [], "empty": ["r0"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    assert pieces_in(tmp_path).begin() == [0, 1, 2, 3]
+
+
 def test_other_settings_are_refused_and_named_or_replaced_where_asked(tmp_path: Path) -> None:
     before = pieces_in(tmp_path, generation={"beams": 4})
     before.begin()
