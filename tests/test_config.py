@@ -53,6 +53,11 @@ from makd_llm.errors import UserError
         ),
         ("distil.over_parameterize={tensers: 3}", "tensers; did you mean tensors?"),
         ("distil.over_parameterize.roles=[]", "distil.over_parameterize.roles: tuple should have"),
+        (
+            "data.train_split=../x",
+            "data.train_split: files are named after it: give a name without",
+        ),
+        ("data.validation_split=''", "data.validation_split: files are named after it"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         (
             "distil.sequences.generation={per_document: 2}",

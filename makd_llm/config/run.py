@@ -14,7 +14,7 @@ from makd_llm.config.objectives import (
     with_kinds,
 )
 from makd_llm.config.presets import merged, preset
-from makd_llm.config.section import Fraction, NotNegative, Positive, Role, Section
+from makd_llm.config.section import FileName, Fraction, NotNegative, Positive, Role, Section
 from makd_llm.config.sequences import SequencesConfig
 
 Kind = TypeVar("Kind", bound=ObjectiveConfig)
@@ -50,8 +50,8 @@ class DataConfig(Section):
     """`builtin:NAME`, a .jsonl/.csv/.parquet file, a folder of such files, or a Hub id."""
     validation_source: str | None = None
     """Where the validation split lies, if not in `source`."""
-    train_split: str = "train"
-    validation_split: str = "validation"
+    train_split: FileName = "train"
+    validation_split: FileName = "validation"
     columns: ColumnsConfig = ColumnsConfig()
     prompt: PromptConfig = PromptConfig()
     max_length: Positive = 1024

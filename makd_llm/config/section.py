@@ -2,11 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _file_name(name: str) -> str:
+    if not name.isprintable() or name in ("", ".", "..") or set(name) & set("/\\"):
+        raise ValueError("files are named after it: give a name without / and \\, as train")
+    return name
+
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FileName = Annotated[str, AfterValidator(_file_name)]
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
