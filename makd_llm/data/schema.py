@@ -84,7 +84,8 @@ def record_from_row(row: Row, columns: Columns) -> Record:
     """Check the named columns of `row` and make a record of it.
 
     Raises BadRecord for a missing column, a wrong type, an empty document or summary, and for text
-    that has no UTF-8 form (half of a surrogate pair, which JSON can spell as an escape).
+    that has no UTF-8 form (half of a surrogate pair, which JSON can spell as an escape), also in a
+    column that no template uses: records are written out again, and other readers refuse it.
     """
     wanted = [name for name in (columns.id, columns.document, columns.summary) if name is not None]
     for name in wanted:
@@ -96,7 +97,7 @@ def record_from_row(row: Row, columns: Columns) -> Record:
         for value in _as_list(row, columns.summary, row.cells[columns.summary])
     )
     fields = {
-        name: value
+        name: _encodable(row, name, value)
         for name, value in row.cells.items()
         if isinstance(value, str) and name not in wanted
     }
@@ -152,8 +153,13 @@ def _text(row: Row, name: str, value: Any, role: Literal["document", "summary"])
         )
     if not value.strip():
         raise BadRecord(row.where, f"empty {role}", f"{name!r} is empty", f"a {role}")
+    return _encodable(row, name, value)
+
+
+def _encodable(row: Row, name: str, value: str) -> str:
+    """The text of a column, if it and the column's name can be written."""
     try:
-        value.encode("utf-8")
+        f"{name}{value}".encode()
     except UnicodeEncodeError:
         raise BadRecord(
             row.where,
@@ -175,7 +181,7 @@ def _record_id(row: Row, name: str | None) -> str:
             f"{name!r} holds {kind_of(value)}",
             "an id: a string or an integer",
         )
-    return str(value)
+    return _encodable(row, name, str(value))
 
 
 def kind_of(value: Any) -> str:
