@@ -93,7 +93,9 @@ def write_with_endpoint(
     def write(documents: Documents, decoding: Decoding, missing: list[int], save: Save) -> None:
         _watched(EndpointWriter(endpoint, documents, decoding).write, documents, missing, save)
 
-    return _write(task, {"name": endpoint.model}, write, tell)
+    # What is sent depends on the tokenizer and its template: it says where documents are cut.
+    tokenizer = sample_of_folder(task.model, weights=False)
+    return _write(task, {"name": endpoint.model, "tokenizer": tokenizer}, write, tell)
 
 
 def _write(

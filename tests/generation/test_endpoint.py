@@ -3,6 +3,7 @@ and what no repetition can mend ends in one line.
 """
 
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -322,6 +323,18 @@ def test_a_chat_goes_as_turns_and_the_template_is_told_what_ours_is(
     assert body["messages"][1]["content"].endswith("\n\nSummary:")
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert found_in(tmp_path / "out") == expected_of(tiny)
+
+
+def test_another_chat_template_is_not_mixed_in(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any
+) -> None:
+    changed, task = tmp_path / "changed", task_of(tiny, tmp_path / "out")
+    shutil.copytree(chat_teacher, changed)
+    write(Task(changed, task.data, task.generation, task.out), server)
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant:", "assistent:"))
+    said = refused(Task(changed, task.data, task.generation, task.out), server, UserError)
+    assert "holds summaries that were made otherwise: model.tokenizer changed from" in said
 
 
 def test_a_long_document_is_cut_as_for_a_local_model(
