@@ -107,7 +107,7 @@ def _write(
     """What both have in common. model: what identifies it."""
     data = task.data.model_copy(update={"streaming": False})
     decoding = build_decoding(task.generation, task.seed)
-    records = build_records(data)
+    records = build_records(data, summarized=False)
     assert isinstance(records, RecordList)
     documents = Documents(
         records,

@@ -17,6 +17,7 @@ from makd_llm.config.sequences import GenerationConfig
 from makd_llm.errors import RunEnded, Unavailable, UserError
 from makd_llm.generation.endpoint import Endpoint, EndpointWriter
 from makd_llm.teacher_summaries import Task, write_with_endpoint
+from makd_llm.train.build import build_records
 
 DOCUMENTS = 40
 SERVER_MAY_SLEEP = 0.05
@@ -310,6 +311,36 @@ def test_where_everything_is_empty_nothing_is_done_and_the_next_start_asks_again
     assert found_in(tmp_path / "out") == expected_of(tiny)
 
 
+def test_documents_need_no_reference_and_training_does(
+    tiny: Path, tmp_path: Path, server: Any
+) -> None:
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["topic"] = f"t{number}"
+        match number % 5:
+            case 0:
+                del row["summary"]
+            case 1:
+                row["summary"] = ["", []][number % 2]
+            case 2:
+                row["summary"] = None
+            case 3:
+                row["summary"] = "much longer than the window " * 50
+    path, out = tmp_path / "documents.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_of(tiny, out)
+    data = task.data.model_copy(update={"source": str(path)})
+    write(Task(task.model, data, task.generation, out), server)
+    assert found_in(out) == expected_of(tiny)
+    written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert [row["topic"] for row in written] == [f"t{number}" for number in range(DOCUMENTS)]
+    assert {tuple(row) for row in written} == {("id", "document", "topic", "summary")}
+    with pytest.raises(UserError, match=r"line 1: there is no column 'summary'"):
+        build_records(data)
+    # As in training, where no template may use the summary.
+    assert build_records(data, summarized=False)[3].fields == {"topic": "t3"}
+
+
 def test_a_chat_goes_as_turns_and_the_template_is_told_what_ours_is(
     tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any
 ) -> None:
@@ -341,7 +372,7 @@ def test_a_long_document_is_cut_as_for_a_local_model(
     tiny: Path, tmp_path: Path, server: Any
 ) -> None:
     from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import build_prompts, build_records
+    from makd_llm.train.build import build_prompts
 
     task = task_of(tiny, tmp_path / "out")
     data = task.data.model_copy(update={"max_length": 24})
