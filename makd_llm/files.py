@@ -13,6 +13,16 @@ from filelock import BaseFileLock, FileLock, Timeout
 from makd_llm import distributed
 from makd_llm.errors import UserError
 
+TEXTS = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "tokenizer*",
+)
+"""What a model and its tokenizer are loaded from, beside the weights."""
+
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
     """Writes UTF-8 text under another name and renames it: a reader never meets half of it.
@@ -89,16 +99,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample_of_folder(folder: Path) -> str:
-    """Tells one content of a model folder from another without reading all of it: SHA-256 of names,
-    sizes, and 64 KiB at 16 places of every weight file and config.
+def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
+    """Tells one content of a model folder from another without reading all of it: SHA-256 of the
+    names and sizes of all that is loaded from it, of TEXTS in whole, and of 64 KiB at 16 places of
+    every weight file. weights: False where the tokenizer is all that counts.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    found = {path for pattern in TEXTS for path in folder.glob(pattern)}
+    found = {path for path in found if not path.name.startswith("README")}
+    if weights:
+        found |= set(folder.glob("*.safetensors"))
+    else:
+        found -= set(folder.glob("*.safetensors.index.json"))
+    for path in sorted(path for path in found if path.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(os.fsencode(f"{path.relative_to(folder)} {size} "))
         with path.open("rb") as file:
-            for sixteenth in range(16):
-                file.seek(size * sixteenth // 16)
-                digest.update(file.read(65536))
+            if path.suffix == ".safetensors":
+                for sixteenth in range(16):
+                    file.seek(size * sixteenth // 16)
+                    digest.update(file.read(65536))
+            else:
+                digest.update(file.read())
     return digest.hexdigest()[:16]
