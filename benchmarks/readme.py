@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "kernels" / "README.md", ROOT / "docs" / "students.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 
@@ -96,6 +100,45 @@ def generation(rows: list[Row]) -> str:
     return _plain(rows, columns)
 
 
+def step(rows: list[Row]) -> str:
+    """What a step's forward and backward take, beside kd's."""
+    columns = {
+        "objectives": "objectives",
+        "seconds_50": "seconds",
+        "ratio_to_kd": "of kd's time",
+        "in_all_MB": "memory in all, MB",
+        "memory_to_kd": "of kd's memory",
+    }
+    return _plain(rows, columns)
+
+
+def presets(rows: list[Row]) -> str:
+    """What `makd train --preset X` takes, a step and in all."""
+    columns = {
+        "preset": "preset",
+        "step_median_s": "seconds a step, median",
+        "step_mean_s": "mean",
+        "step_most_s": "most",
+        "time_to_kd": "mean of kd's",
+        "peak_MB": "memory of a rank, MB",
+        "memory_to_kd": "of kd's",
+        "command_s": "seconds of the command",
+    }
+    return _plain(rows, columns)
+
+
+def offline(rows: list[Row]) -> str:
+    """What a teacher's cache takes and loses."""
+    columns = {
+        "k": "k",
+        "bytes_per_token": "bytes a summary token",
+        "online": "loss online",
+        "difference": "offline, difference",
+        "difference_by_token": "mean of the differences token by token",
+    }
+    return _plain(rows, columns)
+
+
 def _plain(rows: list[Row], columns: dict[str, str]) -> str:
     lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
@@ -111,6 +154,9 @@ TABLES = {
     "factorization": ("factorization.csv", factorization),
     "decomposition": ("decomposition_cpu.csv", decomposition),
     "generation": ("generation_cpu.csv", generation),
+    "step": ("step_cpu.csv", step),
+    "presets": ("presets_cpu.csv", presets),
+    "offline": ("offline_cpu.csv", offline),
 }
 
 

@@ -14,7 +14,6 @@ has it write; and a rank's peak memory in a round of its own: beyond what is hel
 in all (no gradients or optimizer states are among that, so ratios are larger than in training).
 """
 
-import platform
 import statistics
 import sys
 import time
@@ -48,7 +47,7 @@ from makd_llm.train.deepspeed_config import (
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.step import distill_step, finetune_step
-from measure import RESULTS, machine, peaks, write
+from measure import RESULTS, peaks, where, write
 
 SETS: dict[str, list[str]] = {
     # opdf trains another student: not the one that all others are timed on
@@ -211,7 +210,6 @@ def table(
     world: int,
 ) -> list[dict[str, Any]]:
     """One row per set of objectives."""
-    device = machine(_kind())
     rows = []
     for name, values in seconds.items():
         low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
@@ -230,9 +228,7 @@ def table(
                 "tokens_per_rank": tokens,
                 "ranks": world,
                 "rounds": len(values),
-                "device": device,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
+                **where(_kind()),
             }
         )
     return rows
