@@ -79,9 +79,10 @@ def main(
     sets: Annotated[
         str | None, typer.Option(help="Names, with commas between; kd is one of them in any case.")
     ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the table.")] = RESULTS,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
-    """Measures, prints a table, and writes benchmarks/results/step_<device>.csv."""
+    """Measures, prints a table, and writes step_<device>.csv."""
     distributed.quiet()
     distributed.init()
     config = load_config(run / "config.yaml", [])
@@ -142,7 +143,7 @@ def main(
                 writing[name].append(timed(partial(writers[name].of_step, count + 1, [drawn])))
     rows = table(seconds, writing, memory, tokens // (rounds + 1), world)
     if distributed.is_main():
-        publish(rows)
+        publish(rows, results)
     distributed.shutdown()
 
 
@@ -246,9 +247,9 @@ def _kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def publish(rows: list[dict[str, Any]]) -> None:
+def publish(rows: list[dict[str, Any]], results: Path) -> None:
     """Prints the rows and writes the CSV."""
-    path = RESULTS / f"step_{_kind()}.csv"
+    path = results / f"step_{_kind()}.csv"
     write(rows, path)
     for row in rows:
         print(
