@@ -1,5 +1,6 @@
 """Small files that are whole or not there, and what says that a file has changed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from makd_llm import distributed
 from makd_llm.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""The ways in which a disk refuses to be written."""
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
@@ -66,15 +70,15 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         if durable:
-            _sync(scratch)
+            sync(scratch)
         scratch.replace(path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -83,22 +87,46 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file, a config or somebody's data gives stays in the folder that it is
+    looked for in: one part, not hidden, and printable.
+    """
+    return (
+        bool(name)
+        and not name.startswith(".")
+        and not set(name) & {"/", "\\"}
+        and (name.isprintable())
+    )
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample_of_folder(folder: Path) -> str:
-    """Tells one content of a model folder from another without reading all of it: SHA-256 of names,
-    sizes, and 64 KiB at 16 places of every weight file and config.
+def sample_of(path: Path) -> str:
+    """Tells one content of a large file from another without reading all of it: SHA-256 of its size
+    and of 64 KiB at 16 places.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for sixteenth in range(16):
-                file.seek(size * sixteenth // 16)
-                digest.update(file.read(65536))
+    _add_sample(digest, path)
     return digest.hexdigest()[:16]
+
+
+def sample_of_folder(folder: Path) -> str:
+    """`sample_of` of a model folder: of the names and contents of its weight files and configs."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        digest.update(f"{path.name} ".encode())
+        _add_sample(digest, path)
+    return digest.hexdigest()[:16]
+
+
+def _add_sample(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{size} ".encode())
+    with path.open("rb") as file:
+        for sixteenth in range(16):
+            file.seek(size * sixteenth // 16)
+            digest.update(file.read(65536))
