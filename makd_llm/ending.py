@@ -11,6 +11,7 @@ some 30 seconds later.)
 """
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from makd_llm import distributed
 from makd_llm.errors import OutOfMemory, RankFailed, RankLost, RunEnded
 
 WORD = "failure.json"
-PATIENCE = 3.0
+PATIENCE = 2.0
 """Seconds until a word that another rank has written is seen here, on a shared file system too."""
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad alloc")
@@ -81,7 +82,7 @@ def _ending(error: Exception, run_dir: Path) -> Exception:
     if not isinstance(error, RunEnded) and is_lost_rank(error):
         return _word_of_another(run_dir) or RankLost(
             "another rank is gone, without a word: it was killed, or its machine or the network "
-            "failed; the same command goes on from the last checkpoint"
+            f"failed ({_first_line(error)}); the same command goes on from the last checkpoint"
         )
     if isinstance(error, RunEnded):
         _leave_word(run_dir, str(error), error.exit_code)
@@ -101,6 +102,8 @@ def _leave_word(run_dir: Path, text: str, exit_code: int) -> None:
 
 
 def _word_of_another(run_dir: Path) -> RankFailed | None:
+    for kind in (signal.SIGTERM, signal.SIGINT):  # the launcher's: this rank ends in any case
+        signal.signal(kind, signal.SIG_IGN)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

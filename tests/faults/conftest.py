@@ -57,6 +57,7 @@ data: {{source: {tiny}, max_length: 64}}
 student: {{rank_multiple: 4, calibration_records: 8, calibration_batch: 4}}
 distil:
   train: {{batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: {EVERY}, keep_checkpoints: 3}}
+evaluation: {{max_new_tokens: 4}}
 """)
     folder = tmp_path_factory.mktemp("begun")
     case = Case(tiny, folder / "run", folder / "logs", STEPS)
