@@ -13,10 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu format clean
+.PHONY: help setup demo test test-faults check bench gpu format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv and install into it the tested versions
 
@@ -39,6 +39,9 @@ demo: $(INSTALLED) ## distil the demo's teacher into a low-rank student and prin
 
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-faults: $(INSTALLED) ## break runs in every way there is, and print what was lost
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/pytest -m faults tests/faults $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

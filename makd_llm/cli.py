@@ -7,16 +7,20 @@ where a server did not answer.
 
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, stop_at_signals
 from makd_llm.errors import RunEnded, UserError
+from makd_llm.files import FULL
+from makd_llm.redaction import without_secrets
 from makd_llm.stages import STAGES
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.
@@ -56,10 +60,8 @@ def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> Non
     stop_at_signals()
     run = Run(checked, ds)
     distributed.init()
-    try:
+    with distributed.leaving():
         run.execute(until)
-    finally:
-        distributed.shutdown()
 
 
 @app.command()
@@ -181,7 +183,7 @@ def factorize(
     distributed.quiet()
     stop_at_signals()
     distributed.init()
-    try:
+    with distributed.leaving():
         text = TextSettings(data, held_out, samples, window, batch)
         report = factorize_model(
             teacher, out, build_recipe(settings), text, dtype=known[dtype], stages=stages
@@ -194,8 +196,6 @@ def factorize(
                 show(factorization_table(report))
                 if stages:
                     show(stages_table(report["held_out"]["stages"]))
-    finally:
-        distributed.shutdown()
 
 
 app.command()(generate)
@@ -264,21 +264,44 @@ def main(arguments: list[str] | None = None) -> None:
     except RunEnded as ended:
         if debug:
             raise
-        _end(str(ended), ended.exit_code)
+        _end(str(ended), ended.exit_code, alone=ended.alone)
     except UsageError as wrong:
         _end(f"{wrong.format_message()} (makd --help shows what there is)", 2)
     except typer.Abort:
         _end("interrupted; run the same command again to go on", 75)
+    except OSError as error:
+        if debug or error.errno not in FULL:
+            _fail()
+        where = error.filename or "a file of the run"
+        _end(
+            f"{where}: {error.strerror}; free some space or mend its rights, and the same command "
+            "goes on",
+            2,
+        )
+    except Exception:  # noqa: BLE001 - whatever it is, it ends this rank
+        _fail()
 
 
-def _end(message: str, code: int) -> None:
+def _fail() -> NoReturn:
+    """What is raised is a defect of the program: its traceback, and the end of this rank. One of
+    several ends at once: to leave the group in good order it would wait for the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise
+    sys.stdout.flush()
+    print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _end(message: str, code: int, *, alone: bool = False) -> None:
     """One line, from one rank: the launcher ends the others as soon as one exits, and rank 0 speaks
-    first.
+    first. alone: the others may not know, so this one does not wait.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and int(os.environ.get("RANK", "0")) != 0:
+    if several and int(os.environ.get("RANK", "0")) != 0 and not alone:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         time.sleep(5)
-    print(f"makd: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"makd: {without_secrets(' '.join(message.split()))}", file=sys.stderr, flush=True)
     if several:
         sys.stdout.flush()
         os._exit(code)  # a peer that waits in a collective must not keep this rank from ending

@@ -107,14 +107,11 @@ def generate(
     )
     if server is None:
         distributed.init()
-    try:
-        with claimed(out, "--out"):
-            if server is not None:
-                write_with_endpoint(task, server, _tell)
-            else:
-                write_with_engine(task, deepspeed, _tell)
-    finally:
-        distributed.shutdown()
+    with distributed.leaving(), claimed(out, "--out"):
+        if server is not None:
+            write_with_endpoint(task, server, _tell)
+        else:
+            write_with_engine(task, deepspeed, _tell)
 
 
 def _tell(text: str) -> None:

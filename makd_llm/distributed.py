@@ -5,9 +5,10 @@ rules keep such a run from hanging, and this module is where both are kept:
 
 1. A collective is called by every rank or by none, so it never stands under `if rank() == 0`.
 2. Work that one rank does for all (a download, a file) goes through `on_main`, or `drain_on_main`
-   where all ranks make what one works on: when it fails there, the same exception is raised on
-   every rank, so nobody waits for a message that will not come. (A rank that fails elsewhere ends
-   with its process, and the launcher ends the others.)
+   where all ranks make what one works on, or `on_all` where each does its own part: when it fails
+   there, the same exception is raised on every rank, so nobody waits for a message that will not
+   come. (A rank that fails elsewhere leaves word in the run folder and ends with its process, and
+   the launcher ends the others: ending.py.)
 
 Everything here works without a process group as well: a plain `python` is a run of one rank.
 """
@@ -23,7 +24,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +110,20 @@ def shutdown() -> None:
     for name in _GROUP_OF_ONE:  # its port is free again, and may soon be somebody else's
         os.environ.pop(name, None)
     _GROUP_OF_ONE.clear()
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Inside is the work of all ranks; after it they leave the group. One of several that fails
+    does not: to leave in good order it would wait for the others, which wait for it.
+    """
+    try:
+        yield
+    except BaseException:
+        if world_size() == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def rank() -> int:
@@ -199,6 +214,20 @@ def on_main(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             result, failure = None, error
     told, result = broadcast_object((portable(failure), result))
     _raise_together([told], failure)
+    return result  # type: ignore[no-any-return]
+
+
+def on_all(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call `fn(*args, **kwargs)` on every rank and return each rank's own result. Where it fails on
+    one, that is raised on all of them. `fn` itself must not be collective.
+    """
+    result: Any = None
+    failure: BaseException | None = None
+    try:
+        result = fn(*args, **kwargs)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the others must hear it
+        failure = error
+    _raise_together(gather_objects(portable(failure)), failure)
     return result  # type: ignore[no-any-return]
 
 

@@ -6,9 +6,12 @@ Everything else that is raised is a defect of the program and keeps its tracebac
 
 
 class RunEnded(Exception):
-    """A run that ended before its end, on purpose. `exit_code` is what the process exits with."""
+    """A run that ended before its end, on purpose. `exit_code` is what the process exits with.
+    alone: one rank may raise it while the others know nothing of it.
+    """
 
     exit_code = 1
+    alone = False
 
 
 class UserError(RunEnded):
@@ -31,6 +34,34 @@ class Unavailable(RunEnded):
     """
 
     exit_code = 69
+
+
+class OutOfMemory(RunEnded):
+    """Memory was missing, most often on one rank: the same command would meet it again (71:
+    EX_OSERR).
+    """
+
+    exit_code = 71
+    alone = True
+
+
+class RankLost(RunEnded):
+    """Another rank is gone and left no word; the same command goes on from the last checkpoint (75:
+    EX_TEMPFAIL).
+    """
+
+    exit_code = 75
+    alone = True
+
+
+class RankFailed(RunEnded):
+    """Another rank has ended, and this is what it said."""
+
+    alone = True
+
+    def __init__(self, says: str, exit_code: int = 1) -> None:
+        super().__init__(says)
+        self.exit_code = exit_code
 
 
 class Diverged(RunEnded):

@@ -1,5 +1,6 @@
 """Small files that are whole or not there, and what says that a file has changed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ TEXTS = (
     "tokenizer*",
 )
 """What a model and its tokenizer are loaded from, beside the weights."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""The ways in which a disk refuses to be written."""
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
@@ -76,15 +80,15 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         if durable:
-            _sync(scratch)
+            sync(scratch)
         scratch.replace(path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -93,16 +97,37 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name that a file, a config or somebody's data gives stays in the folder that it is
+    looked for in: one part, not hidden, and printable.
+    """
+    return (
+        bool(name)
+        and not name.startswith(".")
+        and not set(name) & {"/", "\\"}
+        and (name.isprintable())
+    )
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sample_of(path: Path) -> str:
+    """Tells one content of a large file from another without reading all of it: SHA-256 of its size
+    and of 64 KiB at 16 places.
+    """
+    digest = hashlib.sha256()
+    _add_sample(digest, path)
+    return digest.hexdigest()[:16]
+
+
 def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
-    """Tells one content of a model folder from another without reading all of it: SHA-256 of the
-    names and sizes of all that is loaded from it, of TEXTS in whole, and of 64 KiB at 16 places of
-    every weight file. weights: False where the tokenizer is all that counts.
+    """Tells one content of a model folder from another: SHA-256 of the names and sizes of all that
+    is loaded from it, of TEXTS in whole, and of a sample of every weight file. weights: False where
+    the tokenizer is all that counts.
     """
     digest = hashlib.sha256()
     found = {path for pattern in TEXTS for path in folder.glob(pattern)}
@@ -112,13 +137,19 @@ def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
     else:
         found -= set(folder.glob("*.safetensors.index.json"))
     for path in sorted(path for path in found if path.is_file()):
-        size = path.stat().st_size
-        digest.update(os.fsencode(f"{path.relative_to(folder)} {size} "))
-        with path.open("rb") as file:
-            if path.suffix == ".safetensors":
-                for sixteenth in range(16):
-                    file.seek(size * sixteenth // 16)
-                    digest.update(file.read(65536))
-            else:
-                digest.update(file.read())
+        digest.update(os.fsencode(f"{path.relative_to(folder)} "))
+        if path.suffix == ".safetensors":
+            _add_sample(digest, path)
+        else:
+            digest.update(f"{path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _add_sample(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{size} ".encode())
+    with path.open("rb") as file:
+        for sixteenth in range(16):
+            file.seek(size * sixteenth // 16)
+            digest.update(file.read(65536))

@@ -34,6 +34,7 @@ from makd_llm.data.batch import pad_id_of
 from makd_llm.data.prompt import PromptBuilder, usable_examples
 from makd_llm.data.records import content_of
 from makd_llm.data.schema import Example
+from makd_llm.ending import one_ending
 from makd_llm.errors import UserError
 from makd_llm.evaluating import Evaluating
 from makd_llm.files import claimed, sample_of_folder, sha256_of, write_json, write_whole
@@ -47,6 +48,7 @@ from makd_llm.objectives.combine import Objectives
 from makd_llm.objectives.head import CrossEntropy
 from makd_llm.offline import manifest
 from makd_llm.offline.read import TeacherCache
+from makd_llm.redaction import without_secrets_in
 from makd_llm.report.card import student_card
 from makd_llm.report.plots import factorization_plot
 from makd_llm.report.table import factorization_table, show, show_evaluation
@@ -81,6 +83,8 @@ from makd_llm.train.step import distill_step, finetune_step, offline_step
 
 SHAPES = {"depth", "width", "heads"}
 """The sections of `student` that the stage `shape` is about; the others are factorize's."""
+TRAINING = ("sft", "distil")
+"""The stages that save checkpoints."""
 
 
 class Run:
@@ -101,6 +105,9 @@ class Run:
         offline = config.distil.offline is not None
         data = self._data_of("distil")
         self.teaching = Teaching(config, data, self.dtype, self.tell) if offline else None
+        self._data: dict[str, str | None] = {}
+        self._under: str | None = None
+        """The data and the stage's key that checkpoints are made under."""
         self._check_batches()
         check_settings(config, self.deepspeed, ds_path)
 
@@ -128,7 +135,7 @@ class Run:
             raise UserError(
                 "distil.offline is null, so there is nothing to write; set distil.offline.top_k"
             )
-        with claimed(self.dir, "run_dir"):
+        with claimed(self.dir, "run_dir"), one_ending(self.dir):
             self._execute(wanted)
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
@@ -140,12 +147,18 @@ class Run:
             self.teaching.check_given(given)
         # Looked at first: a split that is missing is not to be found at the end.
         validation_file = self._content_of_data(validation=True) if "evaluate" in wanted else None
+        content = self._content_of_data(validation=False)
+        self._data = {
+            "source": f"{self.config.data.source} {self.config.data.train_split}",
+            "content": content,
+        }
+        distributed.on_main(self._check_data)
         # Whole in the first keys and not as a digest, so that a change can be named.
         first = {
             "teacher": self.config.teacher.model_dump(),
             "teacher_files": distributed.on_main(sample_of_folder, given),
             "data": self.config.data.model_dump(exclude={"validation_source", "validation_split"}),
-            "train_file": self._content_of_data(validation=False),
+            "train_file": content,
             "seed": self.config.seed,
             "dtype": str(self.dtype),
         }
@@ -217,7 +230,7 @@ class Run:
             show_evaluation(evaluation)
 
     def _content_of_data(self, *, validation: bool) -> str | None:
-        """A data file that was edited in place is other data, and its stages run again."""
+        """A data file that was edited in place is other data: finished stages run again."""
         data = self.config.data
         source = data.validation_source if validation and data.validation_source else data.source
         return distributed.on_main(
@@ -225,6 +238,20 @@ class Run:
             source,
             data.validation_split if validation else data.train_split,
         )
+
+    def _check_data(self) -> None:
+        """A stage that is under way goes on with the data that it began with, or not at all: what
+        it has saved is neither mixed with other data nor thrown away.
+        """
+        for stage in TRAINING:
+            about = {} if self.stages.done(stage) else self._checkpoints(stage, 1).about()
+            then, now = about.get("content"), self._data["content"]
+            if about.get("source") == self._data["source"] and then and now and then != now:
+                raise UserError(
+                    f"data.source {self.config.data.source}: the file has changed since "
+                    f"{stage} saved step {about.get('step')} ({then[:19]}… then, {now[:19]}… now); "
+                    "put the old file back to go on, or begin another run_dir"
+                )
 
     def _merged(self, student: Path, key: Key) -> None:
         """The dense form, where it is asked for; one of an earlier student is not left lying."""
@@ -292,17 +319,25 @@ class Run:
         change = distributed.on_main(self.stages.change, name, key)
         if change:
             self.tell(f"{name}: runs again, because {change}")
-        if change or not distributed.on_main(self.stages.knows, name):
-            self._checkpoints(name, 1).clear()
+        self._under = digest(key)
+        if name in TRAINING:
+            self._checkpoints(name, 1).belong_to(self._under)
         distributed.on_main(self.stages.mark, name, key, done=False)
         distributed.on_main(self._describe)
         torch.manual_seed(self.config.seed)
         make()
         gc.collect()
         distributed.on_main(self.stages.mark, name, key, done=True)
+        if name in TRAINING:
+            self._checkpoints(name, 1).drop_set_aside()
 
     def _checkpoints(self, stage: str, keep: int) -> Checkpoints:
-        return Checkpoints(self.dir / "checkpoints" / stage, keep=keep, tell=self.tell)
+        return Checkpoints(
+            self.dir / "checkpoints" / stage,
+            keep=keep,
+            tell=self.tell,
+            about={"under": self._under, **self._data},
+        )
 
     def _training_config(self, train: TrainConfig, section: str) -> dict[str, Any]:
         return training_config(
@@ -527,7 +562,7 @@ def _environment() -> dict[str, Any]:
         torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     )
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": without_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "ranks": distributed.world_size(),
         "device": device,
         "cpus": os.cpu_count(),

@@ -37,9 +37,9 @@ class Stages:
         entry = self._read().get(stage)
         return None if entry is None else difference(entry["key"], key)
 
-    def knows(self, stage: str) -> bool:
-        """Whether the stage was ever started, so that what it left behind is under `change`."""
-        return stage in self._read()
+    def done(self, stage: str) -> bool:
+        """Whether the stage was finished, under whichever key."""
+        return bool(self._read().get(stage, {}).get("done"))
 
     def mark(self, stage: str, key: Key, *, done: bool) -> None:
         """Records that the stage starts, or that its result stands."""

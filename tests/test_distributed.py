@@ -60,6 +60,31 @@ def test_on_main_runs_once_and_its_result_or_failure_is_everybodys(tmp_path: Pat
 
 
 @run_on_ranks(2)
+def test_on_all_fails_everywhere_where_it_fails_on_one() -> None:
+    assert distributed.on_all(lambda: distributed.rank() + 1) == distributed.rank() + 1
+
+    def only_one() -> None:
+        if distributed.rank() == 1:
+            fail("no room")
+
+    with pytest.raises(UserError, match="no room") as caught:
+        distributed.on_all(only_one)
+    said = getattr(caught.value, "__notes__", [])
+    assert said == (["raised on rank 1, and so on every rank"] if distributed.is_main() else [])
+    distributed.barrier()
+
+
+@run_on_ranks(2)
+def test_one_rank_that_fails_alone_does_not_leave_the_group() -> None:
+    with pytest.raises(UserError), distributed.leaving():
+        fail("alone")
+    assert distributed.gather_objects(1) == [1, 1]
+    with distributed.leaving():
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+@run_on_ranks(2)
 def test_drain_on_main_goes_through_all_items_on_every_rank() -> None:
     made: list[int] = []
 

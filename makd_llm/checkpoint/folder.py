@@ -12,7 +12,6 @@ takes the target's place at the end.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -27,15 +26,13 @@ from safetensors.torch import save_file
 
 from makd_llm.checkpoint.expert_names import Stacked, mixtral_name, stacked_place
 from makd_llm.errors import UserError
+from makd_llm.files import FULL, is_plain_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""The ways in which a disk refuses to be written."""
 
 # What a model folder may hold; a folder with anything else in it is never replaced.
 _MODEL_SUFFIXES = {".json", ".safetensors", ".model", ".jinja"}
@@ -65,7 +62,7 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         raise UserError(f"{folder} is no model folder: config.json is missing; check the path")
     register()
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a model's config: {reason}") from error
@@ -167,9 +164,14 @@ class TensorReader:
             )
         try:
             file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            names = sorted(set(file_of.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error}); fetch or write it again") from error
-        for name in sorted(set(file_of.values())):
+        for name in names:
+            if not is_plain_name(name):
+                raise UserError(
+                    f"{index} names {name!r}, which is no file of this folder; fetch it again"
+                )
             if not (self.folder / name).is_file():
                 raise UserError(
                     f"{self.folder / name} is missing, but {INDEX_FILE} names it; "

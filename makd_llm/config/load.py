@@ -1,6 +1,7 @@
 """From a YAML file and overrides to a checked config, and back; errors in one line."""
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from makd_llm.config.presets import merged, preset
 from makd_llm.config.run import DEFAULT_PRESET, RunConfig
 from makd_llm.config.section import Section
 from makd_llm.errors import UserError
+from makd_llm.redaction import names_a_secret
 
 
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
@@ -42,7 +44,9 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         own = OmegaConf.select(from_file, "distil")
         if isinstance(asked, str) and OmegaConf.is_dict(own):
             from_file.distil = _under(asked, OmegaConf.to_container(own))
-        plain = OmegaConf.to_container(OmegaConf.merge(from_file, typed), resolve=True)
+        together = OmegaConf.merge(from_file, typed)
+        _check_environment(OmegaConf.to_yaml(together, resolve=False))
+        plain = OmegaConf.to_container(together, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; configs/ holds examples") from None
     except IsADirectoryError:
@@ -60,6 +64,18 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
         raise UserError(_first_line(error, where, overrides)) from None
+
+
+def _check_environment(text: str) -> None:
+    """`${oc.env:NAME}` stands for a variable of the environment, and what it stands for is written
+    into the run folder. Raises UserError where that is a secret.
+    """
+    for name in re.findall(r"\$\{\s*oc\.env\s*:\s*([^,}]*)", text):
+        if names_a_secret(name) or "$" in name:
+            raise UserError(
+                f"${{oc.env:{name}}}: may be a secret, which the run folder would keep; leave it "
+                "in the environment"
+            )
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)

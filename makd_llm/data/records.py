@@ -32,7 +32,7 @@ from makd_llm.data.tables import (
     open_json,
 )
 from makd_llm.errors import UserError
-from makd_llm.files import sha256_of
+from makd_llm.files import is_plain_name, sample_of, sha256_of
 
 __all__ = [
     "BadRecord",
@@ -232,6 +232,7 @@ def load_records(
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit} records; it is at least 1, or null for all of them")
+    _check_split(split)
     table, place = _open(source, split, streaming)
     if streaming:
         return RecordStream(table, columns, place, on_bad_record=on_bad_record, limit=limit)
@@ -239,16 +240,20 @@ def load_records(
 
 
 def content_of(source: str, split: str, *, streaming: bool = False) -> str | None:
-    """What tells one content of a local file from another: its SHA-256, of a stream its size.
+    """What tells one content of a local file from another: its SHA-256; of a stream, which may be
+    too large to be read for this, its size and a sample.
 
     None for `builtin:` (its content is fixed) and for Hub data sets. Raises UserError as
     `load_records` does where a folder has no file for the split.
     """
+    _check_split(split)
     path = _local_file(source, split)
     if path is None or not path.is_file():
         return None
     _check_readable(path)
-    return f"{path.stat().st_size} bytes" if streaming else f"sha256 {sha256_of(path)}"
+    if streaming:
+        return f"{path.stat().st_size} bytes, sample {sample_of(path)}"
+    return f"sha256 {sha256_of(path)}"
 
 
 def describe_skipped(skipped: Counter[str]) -> str | None:
@@ -326,6 +331,14 @@ def _open_file(path: Path, streaming: bool) -> Table:
             )
         case _:
             raise UserError(f"{path} is of no known kind; expected one of {', '.join(SUFFIXES)}")
+
+
+def _check_split(split: str) -> None:
+    """It becomes a file's name, here and where summaries are written."""
+    if not is_plain_name(split):
+        raise UserError(
+            f"the split {split!r} is no name of one; expected a word such as train or validation"
+        )
 
 
 def _split_name(split: str) -> str:

@@ -18,8 +18,12 @@ def convert(gguf: Path, folder: Path) -> None:
     """Writes the folder in one move, so that it is either whole or absent. In bf16,
     unless the file says fp16.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype="auto", trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     config = loaded.config
     del config.quantization_config
     if isinstance(config.eos_token_id, int):

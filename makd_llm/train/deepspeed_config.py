@@ -14,6 +14,7 @@ import torch
 
 from makd_llm.config import TrainConfig
 from makd_llm.errors import UserError
+from makd_llm.redaction import names_a_secret
 
 AUTO = "auto"
 
@@ -49,6 +50,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
     _check_known_keys(config, path)
     _check_types(config, path)
+    _check_secrets(config, path, "")
     if "optimizer" not in config:
         raise UserError(f"{path}: no optimizer; add one, as ds_configs/zero3.json has")
     if config.get("fp16", {}).get("enabled"):
@@ -110,6 +112,18 @@ def _check_known_keys(config: dict[str, Any], path: Path) -> None:
                 f"did you mean {near[0]}?" if near else "see DeepSpeed's list of configuration keys"
             )
             raise UserError(f"{path}: unknown key {key}; {advice}")
+
+
+def _check_secrets(section: dict[str, Any], path: Path, above: str) -> None:
+    """DeepSpeed writes its whole JSON into every checkpoint."""
+    for key, value in section.items():
+        if names_a_secret(key) and isinstance(value, str) and value:
+            raise UserError(
+                f"{path}: {above}{key} would be written into every checkpoint; leave it out and "
+                "give it in the environment (COMET_API_KEY, WANDB_API_KEY)"
+            )
+        if isinstance(value, dict):
+            _check_secrets(value, path, f"{above}{key}.")
 
 
 def _check_types(config: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,8 @@ from makd_llm import distributed
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.data.batch import Batch, counts_of
 from makd_llm.data.loader import TrainLoader
-from makd_llm.errors import Diverged, Interrupted
+from makd_llm.ending import is_out_of_memory
+from makd_llm.errors import Diverged, Interrupted, OutOfMemory
 from makd_llm.memory import Peak
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
@@ -94,6 +95,11 @@ class Loop:
                         f"{settings.stage}: stopped at step {saved} of {settings.steps}, "
                         "state saved; the same command goes on from here"
                     )
+            if any(distributed.gather_objects(len(stop))):  # it came while the last was saved
+                raise Interrupted(
+                    f"{settings.stage}: stopped after its last step, state saved; the same command "
+                    "goes on from here"
+                )
 
     def save(self) -> None:
         """Writes a checkpoint of this moment. Collective."""
@@ -107,15 +113,16 @@ class Loop:
                 "bad_in_a_row": self.bad_in_a_row,
                 "multiplier": self.balance.multiplier if self.balance else {},
                 "on_policy": self.on_policy.state_dict() if self.on_policy else {},
-                "shares": {name: share.item() for name, share in self._shares.items()},
                 "latest": self._latest,
             },
+            {name: share.item() for name, share in self._shares.items()},
         )
 
     def _resume(self) -> None:
-        state = self.checkpoints.load(self.model.engine)
-        if state is None:
+        saved = self.checkpoints.load(self.model.engine)
+        if saved is None:
             return
+        state = saved.state
         self.step, self.skipped, self.bad_in_a_row = (
             state["step"],
             state["skipped"],
@@ -124,7 +131,7 @@ class Loop:
         self.loader.load_state_dict(state["loader"])
         self._shares = {
             name: torch.tensor(share, dtype=torch.float64, device=distributed.device())
-            for name, share in state["shares"].items()
+            for name, share in saved.shares.items()
         }
         self._latest = state["latest"]
         if self.balance:
@@ -145,9 +152,11 @@ class Loop:
         denominators = {u: max(n, 1.0) for u, n in zip(mine, totals, strict=True)}
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            for name, value in step_fn(batch.to(distributed.device()), denominators).sums.items():
-                sums[name] = sums[name] + value if name in sums else value
-            self.model.step()
+            with self._naming(batch):
+                losses = step_fn(batch.to(distributed.device()), denominators)
+                for name, value in losses.sums.items():
+                    sums[name] = sums[name] + value if name in sums else value
+                self.model.step()
         for name, value in sums.items():
             self._shares[name] = value.double() / denominators[self.objectives.unit_of(name)]
         self._watch(batches, metrics)
@@ -180,6 +189,24 @@ class Loop:
                 },
             )
         return bool(stopping > 0)
+
+    @contextmanager
+    def _naming(self, batch: Batch) -> Iterator[None]:
+        """Inside, a lack of memory is told with the records that were too much."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            train, rows = f"{self.settings.stage}.train", len(batch.record_ids)
+            smaller = f"{train}.micro_batch_size={rows // 2}, " if rows > 1 else ""
+            raise OutOfMemory(
+                f"{self.settings.stage}: rank {distributed.rank()} ran out of memory at step "
+                f"{self.step}, in a micro-batch of {batch.input_ids_BT.shape[1]} tokens by the "
+                f"records {', '.join(map(repr, batch.record_ids))}; set {smaller}"
+                f"{train}.gradient_checkpointing=true or a smaller data.max_length, or take more "
+                "ranks; the same command goes on from the last checkpoint"
+            ) from error
 
     def _batches(self) -> list[Batch]:
         """This rank's micro-batches of the step: of the data, or of the student's own writing."""

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, newest first, and never silently a damaged one."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.errors import UserError
+from makd_llm.files import sha256_of
 
 
 class Engine:
     """Saves one tensor where DeepSpeed would save its files."""
+
+    checkpoint_engine: Any = None
 
     def __init__(self, value: float = 0.0) -> None:
         self.value = torch.tensor(value)
@@ -22,7 +27,8 @@ class Engine:
         torch.save(self.value, Path(folder) / tag / "weights.pt")
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
-        self.value = torch.load(Path(folder) / tag / "weights.pt")
+        # As DeepSpeed does it.
+        self.value = torch.load(Path(folder) / tag / "weights.pt", weights_only=False)
         return tag, {}
 
 
@@ -38,8 +44,8 @@ class Case:
 
     def loaded(self) -> tuple[float, Any]:
         engine = Engine(-1.0)
-        state = self.checkpoints.load(engine)  # type: ignore[arg-type]
-        return engine.value.item(), state
+        saved = self.checkpoints.load(engine)  # type: ignore[arg-type]
+        return engine.value.item(), saved and saved.state
 
 
 @pytest.fixture
@@ -124,14 +130,161 @@ def test_an_unfinished_one_is_not_looked_at(case: Case) -> None:
     assert not unfinished.exists()
 
 
-def test_another_number_of_ranks_is_refused_with_advice(case: Case) -> None:
+def test_another_number_of_ranks_goes_on_with_what_all_of_them_had(tmp_path: Path) -> None:
+    """The state that all share is taken over, shares are added up, and random numbers are drawn
+    anew, the same whenever it is tried again.
+    """
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tell=(said := []).append)
+    checkpoints.save(Engine(3.0), 3, {"step": 3}, {"logits": 0.5})  # type: ignore[arg-type]
+    folder = tmp_path / "c" / "step-00000003"
+    other = torch.load(folder / "rank-0.pt", weights_only=True)
+    torch.save({**other, "shares": {"logits": 0.25}}, folder / "rank-1.pt")
+    sign(folder)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(77)
+        engine = Engine(-1.0)
+        saved = checkpoints.load(engine)  # type: ignore[arg-type]
+        assert saved is not None and engine.value == 3.0
+        assert saved.state == {"step": 3} and saved.shares == {"logits": 0.75}
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    torch.set_rng_state(other["rng"]["cpu"])
+    assert not torch.equal(torch.rand(3), drawn[0])
+    assert "written by 2 ranks, goes on with 1" in said[0]
+
+
+class Full(Engine):
+    """The disk takes no more."""
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_what_was_saved_and_says_what_stands(case: Case) -> None:
+    with pytest.raises(UserError) as caught:
+        case.checkpoints.save(Full(4.0), 4, {"step": 4})  # type: ignore[arg-type]
+    words = str(caught.value)
+    assert "step-00000004: cannot be written (No space left on device" in words
+    assert "MiB are free there); step-00000003 stands" in words and "\n" not in words
+    assert not list(case.folder.glob("*.writing")), "its space is given back"
+    assert case.loaded() == (3.0, {"step": 3})
+
+
+def test_a_write_that_torch_gives_up_is_a_full_disk_too(case: Case) -> None:
+    class Short(Engine):
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            self.checkpoint_engine.save({}, f"{folder}/{tag}/x.pt")
+
+    class Writer:
+        def save(self, state: Any, path: str) -> None:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    engine = Short(4.0)
+    engine.checkpoint_engine = Writer()
+    with pytest.raises(UserError, match="took only a part"):
+        case.checkpoints.save(engine, 4, {"step": 4})  # type: ignore[arg-type]
+    assert isinstance(engine.checkpoint_engine, Writer)
+
+
+@pytest.mark.parametrize("content", ["", "step-1", "../../elsewhere", "\udcff"])
+def test_a_pointer_that_points_nowhere_is_told_and_the_newest_is_taken(
+    case: Case, content: str
+) -> None:
+    (case.folder / "latest").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert case.loaded() == (3.0, {"step": 3})
+    assert "latest: damaged" in case.said[0]
+
+
+def test_without_a_pointer_the_newest_is_taken(case: Case) -> None:
+    (case.folder / "latest").unlink()
+    assert case.loaded() == (3.0, {"step": 3})
+    assert "no pointer" in case.said[0]
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "rank-0.pt"])
+def test_what_another_put_into_a_checkpoint_is_not_run(
+    case: Case, tmp_path: Path, name: str
+) -> None:
+    """The manifest fits: whoever writes a checkpoint also writes that."""
     folder = step_folder(case, 3)
-    (folder / "rank-1.pt").write_bytes((folder / "rank-0.pt").read_bytes())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["rank-1.pt"] = manifest["rank-0.pt"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="written by 2 ranks, this run has 1"):
+    torch.save({"step": 3, "harm": Payload(tmp_path / "done")}, folder / name)
+    sign(folder)
+    with pytest.raises(
+        UserError, match=r"no tensor and no plain value.*it names posix.mkdir"
+    ) as caught:
         case.loaded()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "done").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_manifest_cannot_name_a_file_elsewhere(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    (step_folder(case, 3) / "manifest.json").write_text('{"../../secret": [1, "0"]}')
+    assert case.loaded()[0] == 2.0
+    assert "no file of it" in case.said[0]
+
+
+def test_one_that_cannot_be_read_is_not_given_up(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("makd_llm.checkpoint.state.sha256_of", refuse)
+    with pytest.raises(UserError, match=r"cannot be read .Permission denied.; mend that"):
+        case.loaded()
+
+
+def under(folder: Path, key: str, said: list[str]) -> Checkpoints:
+    about = {"under": key, "source": "s", "content": "c"}
+    return Checkpoints(folder, keep=2, tell=said.append, about=about)
+
+
+def test_those_of_another_config_are_set_aside_and_taken_back(tmp_path: Path) -> None:
+    folder, said = tmp_path / "distil", []
+    first, second = under(folder, "aaa", said), under(folder, "bbb", said)
+    first.belong_to("aaa")
+    first.save(Engine(1.0), 1, {"step": 1})  # type: ignore[arg-type]
+    first.belong_to("aaa")
+    assert first.about()["step"] == 1 and first.about()["ranks"] == 1 and not said
+    second.belong_to("bbb")
+    assert second.load(Engine()) is None  # type: ignore[arg-type]
+    assert "of another config, set aside as" in said[-1]
+    second.save(Engine(2.0), 2, {"step": 2})  # type: ignore[arg-type]
+    first.belong_to("aaa")
+    assert "taken back" in said[-1]
+    engine = Engine()
+    assert first.load(engine) is not None and engine.value == 1.0  # type: ignore[arg-type]
+    first.drop_set_aside()
+    assert [p.name for p in tmp_path.iterdir()] == ["distil"] and "removed" in said[-1]
+
+
+def test_what_says_nothing_of_its_config_is_set_aside_inside_the_folder(tmp_path: Path) -> None:
+    folder, said = tmp_path / "run" / "distil", []
+    checkpoints = under(folder, "aaa", said)
+    checkpoints.save(Engine(1.0), 1, {"step": 1})  # type: ignore[arg-type]
+    (folder / "step-00000001" / "about.json").write_text('{"under": "../../elsewhere"}')
+    checkpoints.belong_to("aaa")
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["distil.unknown"]
+
+
+def sign(folder: Path) -> None:
+    """A manifest that fits the files as they are."""
+    names = [p.name for p in folder.iterdir() if p.name != "manifest.json"]
+    entries = {n: [(folder / n).stat().st_size, sha256_of(folder / n)] for n in names}
+    (folder / "manifest.json").write_text(json.dumps(entries))
 
 
 def _flip(path: Path) -> None:

@@ -12,7 +12,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from makd_llm.data.records import BadRecord, Columns, RecordList, RecordStream, content_of
+from makd_llm.data.records import (
+    BadRecord,
+    Columns,
+    RecordList,
+    RecordStream,
+    content_of,
+    load_records,
+)
 from makd_llm.errors import UserError
 
 Load = Callable[..., Any]
@@ -410,10 +417,27 @@ class TestStream:
 
 def test_what_a_file_holds_is_told_apart(jsonl: Jsonl) -> None:
     path = jsonl([GOOD])
-    before, size = content_of(str(path), "train"), content_of(str(path), "train", streaming=True)
+    before, sample = content_of(str(path), "train"), content_of(str(path), "train", streaming=True)
     assert content_of(str(path.parent), "train") == before and str(before).startswith("sha256 ")
     path.write_text(path.read_text().replace("dog", "cat"))
     assert content_of(str(path), "train") != before
-    assert content_of(str(path), "train", streaming=True) == size, "a stream is not read for this"
+    assert content_of(str(path), "train", streaming=True) != sample, "of the same size, though"
     assert content_of("builtin:aclsum", "train") is None
     assert content_of("owner/name", "train") is None
+
+
+def test_of_a_stream_no_more_than_a_sample_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # would take minutes to read
+    assert str(content_of(str(path), "train", streaming=True)).startswith("1099511627776 bytes, sa")
+
+
+@pytest.mark.parametrize("split", ["../other", "a/b", "", ".hidden", "train\n", "..", "a\\b"])
+def test_a_split_cannot_name_a_file_elsewhere(tmp_path: Path, split: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    for call in (load_records, content_of):
+        more = {"columns": Columns(), "on_bad_record": "error"} if call is load_records else {}
+        with pytest.raises(UserError, match="is no name of one"):
+            call(str(tmp_path / "data"), split, **more)

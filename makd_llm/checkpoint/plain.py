@@ -1,0 +1,59 @@
+"""Checkpoint files are read as tensors and plain values; nothing that is in them is run.
+
+torch.save writes pickles, and a pickle may name any function to be called while it is read. torch
+reads them without that (`weights_only`), but DeepSpeed's own calls say `weights_only=False`. torch
+has a switch in the environment that outrules them; inside `plain_values_only` it is on, and of all
+classes only those few are known that DeepSpeed puts into its files, none of which does anything
+when it is made.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from makd_llm.errors import UserError
+
+ON, OFF = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def _known() -> list[Any]:
+    """What DeepSpeed's files hold besides tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
+def plain_values_only(what: Path) -> Iterator[None]:
+    """Inside, every torch.load of this process refuses whatever is not a tensor or a plain value.
+    what: the checkpoint, for the message. Raises UserError where there is something else in it.
+    """
+    before = {name: os.environ.pop(name, None) for name in (ON, OFF)}
+    os.environ[ON] = "1"
+    try:
+        with torch.serialization.safe_globals(_known()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {what}: holds something that is no tensor and no plain value, and is not "
+            f"loaded ({_named(error)}); take a checkpoint that this program wrote"
+        ) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _named(error: pickle.UnpicklingError) -> str:
+    """What it was, out of torch's long message."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it names {found[1]}" if found else str(error).splitlines()[0][:100]

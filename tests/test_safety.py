@@ -1,0 +1,186 @@
+"""No secret is written down."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from makd_llm import cli
+from makd_llm.checkpoint.folder import TensorReader, read_config
+from makd_llm.config import load_config
+from makd_llm.errors import UserError
+from makd_llm.models.source import load_tokenizer
+from makd_llm.redaction import names_a_secret, without_secrets, without_secrets_in
+from makd_llm.train.deepspeed_config import read_deepspeed_config
+
+SECRET = "s3cret-v4lue"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"token={SECRET}",
+        f"HF_TOKEN={SECRET}",
+        f"--api-key={SECRET}",
+        f'{{"api_key": "{SECRET}"}}',
+        f"cannot reach http://user:{SECRET}@proxy.example:3128/x",
+        f"https://{SECRET}@example.org",
+        f"Authorization: Bearer {SECRET}",
+        f"password: {SECRET}",
+    ],
+)
+def test_what_looks_like_a_secret_is_hidden(text: str) -> None:
+    shown = without_secrets(text)
+    assert SECRET not in shown and "***" in shown
+    assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "hf_abcdefghijklmnopqrst",
+        "sk-abcdefghijklmnop1234",
+        "ghp_abcdefghijklmnopqrstuv",
+        "AKIA" * 5,
+    ],
+)
+def test_keys_of_known_services_are_hidden_wherever_they_stand(key: str) -> None:
+    assert key[:20] not in without_secrets(f"403 for {key} at once")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "distil.train.steps=50",
+        "tokens 12, tokens_per_second=3",
+        "data.columns.id=key_number",
+        "teacher.model=owner/tokenizer-of-keys",
+        "https://example.org/a@b",
+        "heads.key_value=1",
+        "student.heads={key_value: 2}",
+        "monkey=banana",
+        "missing key: document",
+    ],
+)
+def test_what_is_none_stays(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+def test_a_command_line_may_give_the_value_in_the_next_word() -> None:
+    command = ["makd", "--api-key", SECRET, "--hf_token", SECRET, "--out", "x", f"a.token={SECRET}"]
+    shown = without_secrets_in(command)
+    assert SECRET not in " ".join(shown)
+    assert shown[:2] == ["makd", "--api-key"] and shown[5:7] == ["--out", "x"]
+
+
+def test_names_of_secrets() -> None:
+    assert all(map(names_a_secret, ["HF_TOKEN", "api_key", "--password", "AWS_SECRET", "key"]))
+    assert not any(map(names_a_secret, ["tokenizer", "key_value", "tokens", "monkey", "SCRATCH"]))
+
+
+def test_a_config_cannot_ask_for_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is given would stand in config.yaml."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {prompt: {system: '${oc.env:HF_TOKEN}'}}")
+    with pytest.raises(UserError, match="may be a secret") as caught:
+        load_config(path, [])
+    assert SECRET not in str(caught.value)
+    path.write_text("run_dir: ${oc.env:SCRATCH}/runs/${oc.env:NOBODY,mine}")
+    assert load_config(path, []).run_dir == Path("/scratch/me/runs/mine")
+    path.write_text("run_dir: ${oc.env:NOBODY}/runs")
+    with pytest.raises(UserError, match="'NOBODY' not found"):
+        load_config(path, [])
+    path.write_text("{seed: 1, data: {source: TOKEN}, run_dir: '${oc.env:HF_${data.source}}'}")
+    with pytest.raises(UserError, match="may be a secret"):
+        load_config(path, [])
+    with pytest.raises(UserError, match="may be a secret"):
+        load_config(None, ["run_dir=${oc.env:HF_TOKEN}"])
+
+
+def test_deepspeeds_json_may_not_hold_one(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"comet": {"enabled": True, "api_key": SECRET}, "optimizer": {}}))
+    with pytest.raises(UserError, match=r"comet.api_key would be written") as caught:
+        read_deepspeed_config(path)
+    assert SECRET not in str(caught.value)
+
+
+def test_the_line_that_a_command_ends_with_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise UserError(f"no answer from http://me:{SECRET}@proxy:1 for token={SECRET}")
+
+    monkeypatch.setattr(cli, "_run", refuse)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--ds", "x.json"])
+    printed = capsys.readouterr()
+    assert SECRET not in printed.err + printed.out and "no answer from" in printed.err
+
+
+def test_environment_json_has_the_command_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from makd_llm.pipeline import _environment
+
+    monkeypatch.setattr("sys.argv", ["makd", "train", f"--api-key={SECRET}", "seed=1"])
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}@proxy:1")
+    found = json.dumps(_environment())
+    assert SECRET not in found and "seed=1" in found
+
+
+HARM = "import pathlib; pathlib.Path({path!r}).touch()\n"
+
+
+@pytest.fixture
+def foreign(tiny: Path, tmp_path: Path) -> Path:
+    """A model folder whose config asks for code of its own."""
+    import shutil
+
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny / "teacher", folder)
+    (folder / "modeling_foreign.py").write_text(HARM.format(path=str(tmp_path / "done")))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "modeling_foreign.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {
+        "tokenizer_class": "Foreign",
+        "auto_map": {"AutoTokenizer": ["modeling_foreign.Tokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_code_of_a_model_folder_is_never_run(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even after a question on a terminal, which transformers would ask."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot be read as a model's config"):
+        read_config(foreign)
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(foreign)
+    assert not (tmp_path / "done").exists()
+
+
+def test_an_index_cannot_name_weights_elsewhere(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no file of this folder"):
+        TensorReader(folder)
+
+
+def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:
+    from makd_llm.models.source import resolve_model
+
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        resolve_model(str(tmp_path))
