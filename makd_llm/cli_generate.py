@@ -1,5 +1,6 @@
 """`makd generate`: from its options to the writing (teacher_summaries.py)."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -104,16 +105,12 @@ def generate(
         run.seed,
         piece,
     )
-    if server is None:
-        distributed.init()
-    try:
-        with claimed(out, "--out"):
-            if server is not None:
-                write_with_endpoint(task, server, _tell)
-            else:
-                write_with_engine(task, deepspeed, _tell)
-    finally:
-        distributed.shutdown()
+    group = distributed.joined() if server is None else nullcontext()
+    with group, claimed(out, "--out"):
+        if server is not None:
+            write_with_endpoint(task, server, _tell)
+        else:
+            write_with_engine(task, deepspeed, _tell)
 
 
 def _tell(text: str) -> None:

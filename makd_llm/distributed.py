@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,8 +31,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Rank 0 may fetch a model or write a checkpoint while the others wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
+from makd_llm.errors import Disconnected, UserError
+
+TIMEOUT_VARIABLE = "MAKD_COLLECTIVE_TIMEOUT"
+DEFAULT_TIMEOUT = 3600.0
+"""Seconds. Rank 0 may fetch a model or write a checkpoint while the others wait for it."""
 
 T = TypeVar("T")
 
@@ -45,7 +48,9 @@ def init() -> None:
     """Join the process group that the launcher's environment describes, or make a group of one.
 
     The backend is the accelerator's (nccl on CUDA, gloo on CPU). Calling it again changes nothing.
+    Raises UserError where $MAKD_COLLECTIVE_TIMEOUT is no time.
     """
+    timeout = collective_timeout()
     os.environ.update(compiler_environment())
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
@@ -70,12 +75,49 @@ def init() -> None:
             init_distributed(
                 dist_backend=accelerator.communication_backend_name(),
                 auto_mpi_discovery=False,
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=timeout,
                 verbose=False,
             )
     finally:
         if local_size is not None:
             os.environ["LOCAL_SIZE"] = local_size
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """`init`, and `shutdown` at the end. What is raised inside because another rank went away or
+    does not answer becomes Disconnected.
+    """
+    try:
+        init()
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not _is_of_the_network(error):
+            raise
+        raise Disconnected(
+            f"rank {rank()} of {world_size()} has lost the others: no answer within "
+            f"{collective_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}), or a connection "
+            "that broke; what was saved stands, and the same command goes on from it "
+            f"[{str(error).splitlines()[0]}]"
+        ) from error
+    finally:
+        shutdown()
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for another: $MAKD_COLLECTIVE_TIMEOUT in seconds, or an hour. Raises
+    UserError where that is no time.
+    """
+    given = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+    try:
+        seconds = float(given)
+        if not 1 <= seconds <= 1e6:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{TIMEOUT_VARIABLE}={given}: not a number of seconds from 1 to 1000000"
+        ) from None
+    return timedelta(seconds=seconds)
 
 
 def quiet() -> None:
@@ -279,6 +321,15 @@ def _reduced(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
     buffer = tensor.detach().to(where, copy=True).contiguous()
     dist.all_reduce(buffer, op=operation)
     return buffer.to(tensor.device)
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of another rank. gloo has no exception of its own, but
+    its words begin with where in its sources they come from; what it enforces is our own mistake,
+    such as tensors of different sizes.
+    """
+    words = str(error)
+    return isinstance(error, dist.DistError) or ("/gloo/" in words and "enforce fail" not in words)
 
 
 def _raise_together(failures: list[BaseException | None], own: BaseException | None = None) -> None:

@@ -33,6 +33,14 @@ class Unavailable(RunEnded):
     exit_code = 69
 
 
+class Disconnected(RunEnded):
+    """Another rank did not answer in time, or the connection to it broke; what was saved before
+    stands, and the same command goes on from it (74: EX_IOERR).
+    """
+
+    exit_code = 74
+
+
 class Diverged(RunEnded):
     """Too many steps in a row whose loss or gradient was not finite."""
 

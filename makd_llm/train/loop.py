@@ -94,6 +94,11 @@ class Loop:
                         f"{settings.stage}: stopped at step {saved} of {settings.steps}, "
                         "state saved; the same command goes on from here"
                     )
+        if stop:  # after the last step had asked; nobody else will hear of it
+            raise Interrupted(
+                f"{settings.stage}: stopped after its last step, state saved; the same command "
+                "goes on from here"
+            )
 
     def save(self) -> None:
         """Writes a checkpoint of this moment. Collective."""
