@@ -2,11 +2,12 @@
 
 Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback.
 Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged, 69
-where a server did not answer.
+where a server did not answer, 74 where another rank did not.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ import typer
 
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.cli_slurm import slurm
+from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
 from makd_llm.stages import STAGES
 
@@ -55,11 +58,8 @@ def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> Non
     # While a stage trains, the loop takes these over: it finishes the step and saves.
     stop_at_signals()
     run = Run(checked, ds)
-    distributed.init()
-    try:
+    with distributed.joined():
         run.execute(until)
-    finally:
-        distributed.shutdown()
 
 
 @app.command()
@@ -180,8 +180,7 @@ def factorize(
         raise UserError("--samples and --batch are at least 1, --window at least 2")
     distributed.quiet()
     stop_at_signals()
-    distributed.init()
-    try:
+    with distributed.joined():
         text = TextSettings(data, held_out, samples, window, batch)
         report = factorize_model(
             teacher, out, build_recipe(settings), text, dtype=known[dtype], stages=stages
@@ -194,11 +193,10 @@ def factorize(
                 show(factorization_table(report))
                 if stages:
                     show(stages_table(report["held_out"]["stages"]))
-    finally:
-        distributed.shutdown()
 
 
 app.command()(generate)
+app.add_typer(slurm, name="slurm")
 
 
 @app.command()
@@ -260,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = typer.main.get_command(app)
     debug = "--debug" in arguments
     try:
+        os.environ.update(rendezvous(os.environ))
         command.main(arguments, prog_name="makd", standalone_mode=False)
     except RunEnded as ended:
         if debug:
@@ -276,6 +275,8 @@ def _end(message: str, code: int) -> None:
     first.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this rank waits
     if several and int(os.environ.get("RANK", "0")) != 0:
         time.sleep(5)
     print(f"makd: {' '.join(message.split())}", file=sys.stderr, flush=True)
