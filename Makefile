@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check bench gpu format clean
+.PHONY: help setup demo test test-faults test-slurm check bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,21 @@ test: $(INSTALLED) ## run the tests
 
 test-faults: $(INSTALLED) ## break runs in every way there is, and print what was lost
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/pytest -m faults tests/faults $(ARGS)
+
+# Debian's packages, installed as root where they are missing; RUNLEVEL=1 keeps their services from
+# being started.
+SLURM_TOOLS := slurmctld slurmd sbatch munged ip
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+test-slurm: $(INSTALLED) ## two SLURM nodes and two network namespaces on this machine: pre-emption, a cut link (as root)
+	@test "$$(id -u)" = 0 || { echo "test-slurm: needs root, for munged's user, slurmd and network namespaces" >&2; exit 2; }
+	@export PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
+	for tool in $(SLURM_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -n "$$missing" || exit 0; \
+	command -v apt-get >/dev/null || { echo "test-slurm: not found:$$missing; and no apt-get to install $(SLURM_PACKAGES) with" >&2; exit 2; }; \
+	echo "test-slurm: installing $(SLURM_PACKAGES)"; log=$$(mktemp); \
+	{ apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(SLURM_PACKAGES); } >$$log 2>&1 \
+	|| { tail -n 20 $$log; echo "test-slurm: apt-get could not install $(SLURM_PACKAGES); its words are in $$log" >&2; exit 2; }
+	PATH="$$PATH:/usr/sbin:/sbin" MAKD_TEST_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/pytest -v -m cluster tests/slurm $(ARGS)
 
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

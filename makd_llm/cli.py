@@ -2,7 +2,7 @@
 
 Whatever a person can get wrong ends in one line and exit code 2; `--debug` shows the traceback.
 Other exit codes: 75 after SIGTERM or SIGINT (the state is saved), 65 where training diverged, 69
-where a server did not answer.
+where a server did not answer, 74 where another rank did not, 71 where memory was missing.
 """
 
 import json
@@ -18,6 +18,8 @@ import typer
 
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.cli_slurm import slurm
+from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
 from makd_llm.files import FULL
 from makd_llm.redaction import without_secrets
@@ -59,8 +61,7 @@ def _run(ds: Path, config: Path | None, overrides: list[str], until: str) -> Non
     # While a stage trains, the loop takes these over: it finishes the step and saves.
     stop_at_signals()
     run = Run(checked, ds)
-    distributed.init()
-    with distributed.leaving():
+    with distributed.joined():
         run.execute(until)
 
 
@@ -182,8 +183,7 @@ def factorize(
         raise UserError("--samples and --batch are at least 1, --window at least 2")
     distributed.quiet()
     stop_at_signals()
-    distributed.init()
-    with distributed.leaving():
+    with distributed.joined():
         text = TextSettings(data, held_out, samples, window, batch)
         report = factorize_model(
             teacher, out, build_recipe(settings), text, dtype=known[dtype], stages=stages
@@ -199,6 +199,7 @@ def factorize(
 
 
 app.command()(generate)
+app.add_typer(slurm, name="slurm")
 
 
 @app.command()
@@ -260,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = typer.main.get_command(app)
     debug = "--debug" in arguments
     try:
+        os.environ.update(rendezvous(os.environ))
         command.main(arguments, prog_name="makd", standalone_mode=False)
     except RunEnded as ended:
         if debug:

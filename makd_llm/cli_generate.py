@@ -1,5 +1,6 @@
 """`makd generate`: from its options to the writing (teacher_summaries.py)."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -105,9 +106,8 @@ def generate(
         run.seed,
         piece,
     )
-    if server is None:
-        distributed.init()
-    with distributed.leaving(), claimed(out, "--out"):
+    group = distributed.joined() if server is None else nullcontext()
+    with group, claimed(out, "--out"):
         if server is not None:
             write_with_endpoint(task, server, _tell)
         else:

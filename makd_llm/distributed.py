@@ -32,8 +32,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Rank 0 may fetch a model or write a checkpoint while the others wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
+from makd_llm.errors import Disconnected, UserError
+
+TIMEOUT_VARIABLE = "MAKD_COLLECTIVE_TIMEOUT"
+DEFAULT_TIMEOUT = 3600.0
+"""Seconds. Rank 0 may fetch a model or write a checkpoint while the others wait for it."""
 
 T = TypeVar("T")
 
@@ -46,7 +49,9 @@ def init() -> None:
     """Join the process group that the launcher's environment describes, or make a group of one.
 
     The backend is the accelerator's (nccl on CUDA, gloo on CPU). Calling it again changes nothing.
+    Raises UserError where $MAKD_COLLECTIVE_TIMEOUT is no time.
     """
+    timeout = collective_timeout()
     os.environ.update(compiler_environment())
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
@@ -71,12 +76,56 @@ def init() -> None:
             init_distributed(
                 dist_backend=accelerator.communication_backend_name(),
                 auto_mpi_discovery=False,
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=timeout,
                 verbose=False,
             )
     finally:
         if local_size is not None:
             os.environ["LOCAL_SIZE"] = local_size
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """`init`, and `shutdown` after the work of all ranks. One of several that fails does not leave
+    the group: to do so in good order it would wait for the others, which wait for it. What is
+    raised inside because another rank is gone or does not answer becomes Disconnected.
+    """
+    try:
+        init()
+        yield
+    except BaseException as error:
+        if world_size() == 1:
+            shutdown()
+        elif isinstance(error, RuntimeError) and is_of_the_network(error):
+            raise disconnected(error) from error
+        raise
+    shutdown()
+
+
+def disconnected(error: RuntimeError) -> Disconnected:
+    """What this rank says where a collective has failed for want of another."""
+    return Disconnected(
+        f"rank {rank()} of {world_size()} has lost the others: no answer within "
+        f"{collective_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}), or a connection that "
+        "broke, as where a rank is killed; what was saved stands, and the same command goes on "
+        f"from it [{str(error).splitlines()[0]}]"
+    )
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for another: $MAKD_COLLECTIVE_TIMEOUT in seconds, or an hour. Raises
+    UserError where that is no time.
+    """
+    given = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+    try:
+        seconds = float(given)
+        if not 1 <= seconds <= 1e6:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{TIMEOUT_VARIABLE}={given}: not a number of seconds from 1 to 1000000"
+        ) from None
+    return timedelta(seconds=seconds)
 
 
 def quiet() -> None:
@@ -110,20 +159,6 @@ def shutdown() -> None:
     for name in _GROUP_OF_ONE:  # its port is free again, and may soon be somebody else's
         os.environ.pop(name, None)
     _GROUP_OF_ONE.clear()
-
-
-@contextmanager
-def leaving() -> Iterator[None]:
-    """Inside is the work of all ranks; after it they leave the group. One of several that fails
-    does not: to leave in good order it would wait for the others, which wait for it.
-    """
-    try:
-        yield
-    except BaseException:
-        if world_size() == 1:
-            shutdown()
-        raise
-    shutdown()
 
 
 def rank() -> int:
@@ -308,6 +343,15 @@ def _reduced(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
     buffer = tensor.detach().to(where, copy=True).contiguous()
     dist.all_reduce(buffer, op=operation)
     return buffer.to(tensor.device)
+
+
+def is_of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of another rank. gloo has no exception of its own, but
+    its words begin with where in its sources they come from; what it enforces is our own mistake,
+    such as tensors of different sizes.
+    """
+    words = str(error)
+    return isinstance(error, dist.DistError) or ("gloo/" in words and "enforce fail" not in words)
 
 
 def _raise_together(failures: list[BaseException | None], own: BaseException | None = None) -> None:

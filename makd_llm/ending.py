@@ -20,29 +20,20 @@ from pathlib import Path
 import torch
 
 from makd_llm import distributed
-from makd_llm.errors import OutOfMemory, RankFailed, RankLost, RunEnded
+from makd_llm.errors import OutOfMemory, RankFailed, RunEnded
 
 WORD = "failure.json"
 PATIENCE = 2.0
 """Seconds until a word that another rank has written is seen here, on a shared file system too."""
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad alloc")
-_LOST = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "connection refused",
-    "socket",
-    "gloo",
-    "nccl",
-)
 
 
 @contextmanager
 def one_ending(run_dir: Path) -> Iterator[None]:
     """Inside, what one rank fails of ends every rank with the same words. Collective on entering.
 
-    Raises RankFailed, RankLost, OutOfMemory, or what was raised inside.
+    Raises RankFailed, Disconnected, OutOfMemory, or what was raised inside.
     """
     distributed.on_main((run_dir / WORD).unlink, missing_ok=True)
     try:
@@ -63,13 +54,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
-
-
 def _ending(error: Exception, run_dir: Path) -> Exception:
     rank = distributed.rank()
     if is_out_of_memory(error):
@@ -79,11 +63,8 @@ def _ending(error: Exception, run_dir: Path) -> Exception:
         )
     if distributed.world_size() == 1:
         return error
-    if not isinstance(error, RunEnded) and is_lost_rank(error):
-        return _word_of_another(run_dir) or RankLost(
-            "another rank is gone, without a word: it was killed, or its machine or the network "
-            f"failed ({_first_line(error)}); the same command goes on from the last checkpoint"
-        )
+    if isinstance(error, RuntimeError) and distributed.is_of_the_network(error):
+        return _word_of_another(run_dir) or distributed.disconnected(error)
     if isinstance(error, RunEnded):
         _leave_word(run_dir, str(error), error.exit_code)
     else:

@@ -45,12 +45,12 @@ class OutOfMemory(RunEnded):
     alone = True
 
 
-class RankLost(RunEnded):
-    """Another rank is gone and left no word; the same command goes on from the last checkpoint (75:
-    EX_TEMPFAIL).
+class Disconnected(RunEnded):
+    """Another rank did not answer in time, or the connection to it broke; what was saved before
+    stands, and the same command goes on from it (74: EX_IOERR).
     """
 
-    exit_code = 75
+    exit_code = 74
     alone = True
 
 

@@ -76,10 +76,10 @@ def test_on_all_fails_everywhere_where_it_fails_on_one() -> None:
 
 @run_on_ranks(2)
 def test_one_rank_that_fails_alone_does_not_leave_the_group() -> None:
-    with pytest.raises(UserError), distributed.leaving():
+    with pytest.raises(UserError), distributed.joined():
         fail("alone")
     assert distributed.gather_objects(1) == [1, 1]
-    with distributed.leaving():
+    with distributed.joined():
         pass
     assert not torch.distributed.is_initialized()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from makd_llm import distributed
-from makd_llm.ending import WORD, is_lost_rank, is_out_of_memory, one_ending
-from makd_llm.errors import OutOfMemory, RankFailed, RankLost, RunEnded, UserError
+from makd_llm.ending import WORD, is_out_of_memory, one_ending
+from makd_llm.errors import Disconnected, OutOfMemory, RankFailed, RunEnded, UserError
 from makd_llm.testing import launch_ranks
 
 
@@ -58,8 +58,8 @@ def test_the_others_end_with_the_words_of_the_one_that_failed(
 
 def test_without_a_word_the_other_was_killed(tmp_path: Path) -> None:
     waiting, _ = launch_ranks(2, one_fails, tmp_path, "killed")
-    assert waiting[0] == "RankLost" and waiting[2] == 75
-    assert "goes on from the last checkpoint" in waiting[1]
+    assert waiting[0] == "Disconnected" and waiting[2] == 74
+    assert "the same command goes on" in waiting[1]
 
 
 def test_alone_an_error_stays_what_it_is_but_for_memory(tmp_path: Path) -> None:
@@ -83,11 +83,11 @@ def test_kinds_of_failures_are_told_apart() -> None:
     assert all(map(is_out_of_memory, memory))
     assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(OSError())
     lost = ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"]
-    assert all(is_lost_rank(RuntimeError(text)) for text in lost)
-    assert not is_lost_rank(RuntimeError("shapes differ")) and not is_lost_rank(OSError("socket"))
+    assert all(distributed.is_of_the_network(RuntimeError(text)) for text in lost)
+    assert not distributed.is_of_the_network(RuntimeError("shapes differ"))
 
 
 def test_endings_that_others_do_not_know_of_are_marked() -> None:
-    alone = (OutOfMemory("x"), RankLost("x"), RankFailed("x", 71))
-    assert all(e.alone for e in alone) and [e.exit_code for e in alone] == [71, 75, 71]
+    alone = (OutOfMemory("x"), Disconnected("x"), RankFailed("x", 71))
+    assert all(e.alone for e in alone) and [e.exit_code for e in alone] == [71, 74, 71]
     assert not RunEnded("x").alone and not UserError("x").alone

@@ -1,0 +1,168 @@
+"""`makd slurm submit`: a run, or a sweep of runs, as a batch job."""
+
+import io
+import shlex
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from makd_llm.cli_options import Debug, Overrides
+from makd_llm.cluster.slurm import RUNNERS, Job, render
+from makd_llm.cluster.slurm import submit as hand_to_sbatch
+from makd_llm.errors import UserError
+from makd_llm.stages import STAGES
+
+slurm = typer.Typer(help="Runs as batch jobs of SLURM.", no_args_is_help=True)
+
+
+@slurm.callback()
+def _group() -> None:
+    """Makes `submit` a command of its own also while it is the only one."""
+
+
+@slurm.command()
+def submit(
+    ds: Annotated[Path, typer.Option("--ds", help="DeepSpeed's JSON, as of `makd train`.")],
+    overrides: Overrides = None,
+    config: Annotated[
+        list[str] | None, typer.Option("--config", help="The run's YAML; several: a sweep.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="A sweep over seeds: --seed 0 --seed 1 ...")
+    ] = None,
+    runs: Annotated[str, typer.Option("--runs", help="The folder of a sweep's runs.")] = "runs",
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", min=1, help="Of a sweep's runs, at most.")
+    ] = None,
+    until: Annotated[str, typer.Option("--until", help="The last stage.")] = STAGES[-1],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="What is learnt: distil.preset.")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="Of each node.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="On each node; default: its GPUs, or 1.")
+    ] = None,
+    notice: Annotated[
+        int,
+        typer.Option(
+            "--notice", min=0, help="Seconds before the time limit for a step and saving."
+        ),
+    ] = 120,
+    name: Annotated[str, typer.Option("--name", help="The job's.")] = "makd",
+    output: Annotated[
+        str | None, typer.Option("--output", help="The log file, with sbatch's % patterns.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", help="Any option of sbatch: --sbatch=--time=1:00:00; repeatable."),
+    ] = None,
+    module: Annotated[
+        list[str] | None, typer.Option("--module", help="For `module load`; repeatable.")
+    ] = None,
+    venv: Annotated[
+        str, typer.Option("--venv", help="A virtual environment; default: this Python.")
+    ] = "",
+    container: Annotated[str, typer.Option("--container", help="An image to run in.")] = "",
+    runner: Annotated[
+        str, typer.Option("--runner", help=f"Of the container: {', '.join(RUNNERS)}.")
+    ] = RUNNERS[0],
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", help="NAME=VALUE for the ranks, e.g. NCCL_SOCKET_IFNAME=ib0."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script and submit nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Renders slurm/distil.sbatch for a run and hands it to sbatch. What is pre-empted, or comes
+    near its time limit, saves, is queued again and goes on.
+    """
+    if until not in STAGES:
+        raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")
+    if runner not in RUNNERS:
+        raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
+    if container and venv:
+        raise UserError("--container and --venv: the Python is the container's own; name one")
+    configs, seeds = tuple(config or ()), tuple(seed or ())
+    sweep = len(configs) > 1 or bool(seeds)
+    arguments = ["--ds", str(ds), "--until", until]
+    if preset is not None:
+        arguments += ["--preset", preset]
+    if sweep:
+        _check_sweep(configs, overrides or [])
+    elif configs:
+        arguments += ["--config", configs[0]]
+    variables = [_pair(given) for given in env or []]
+    job = Job(
+        (*arguments, *(overrides or [])),
+        nodes=nodes,
+        ranks=ranks or gpus or 1,
+        gpus=gpus,
+        notice=notice,
+        name=name,
+        output=output,
+        options=tuple(sbatch or ()),
+        modules=tuple(module or ()),
+        venv=venv,
+        container=container,
+        runner=runner,
+        # With modules too: what they load is for this Python to find.
+        python="python" if container or venv else sys.executable,
+        variables=tuple(variables),
+        configs=configs if sweep else (),
+        seeds=(seeds or (0,)) if sweep else (),
+        runs=runs,
+        at_once=at_once,
+    )
+    script = render(job)
+    _check_runs(ds, configs, overrides or [], preset, nodes * job.ranks)
+    if dry_run:
+        print(script, end="")
+        return
+    number = hand_to_sbatch(script)
+    print(f"submitted: job {number}" + (f", {job.tasks} runs" if job.tasks else ""))
+
+
+def _check_sweep(configs: tuple[str, ...], overrides: list[str]) -> None:
+    if not configs:
+        raise UserError("--config is missing; a sweep's run folders have its name")
+    names = [Path(config).stem for config in configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two --config are called {twice}, and so would be their run folders")
+    for override in overrides:
+        if override.partition("=")[0] in ("seed", "run_dir"):
+            raise UserError(f"{override}: a sweep has its own; see --seed and --runs")
+
+
+def _check_runs(
+    ds: Path, configs: tuple[str, ...], overrides: list[str], preset: str | None, ranks: int
+) -> None:
+    """What is wrong with a run is said here, and not after a night in the queue."""
+    from makd_llm.config import load_config
+
+    # DeepSpeed says that a login node has no GPU, and says it where the script is to go.
+    with redirect_stdout(io.StringIO()):
+        from makd_llm.train.deepspeed_config import read_deepspeed_config, training_config
+
+    deepspeed = read_deepspeed_config(ds)
+    named = [] if preset is None else [f"distil.preset={preset}"]
+    for config in configs:
+        run = load_config(Path(config), [*named, *overrides])
+        for section, stage in (("sft", run.sft), ("distil", run.distil)):
+            if section == "distil" or run.sft.enabled:
+                training_config(
+                    deepspeed, stage.train, world_size=ranks, ds_path=ds, section=f"{section}.train"
+                )
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise UserError(f"--env {shlex.quote(given)}: not of the form NAME=VALUE")
+    return name, value

@@ -1,0 +1,1 @@
+"""What lies around a run on a cluster: its batch jobs."""
