@@ -69,6 +69,9 @@ def write_with_engine(
     def write(documents: Documents, decoding: Decoding, missing: list[int], save: Save) -> None:
         tokenizer = load_tokenizer(task.model)
         ds = frozen_config(deepspeed, micro_batch_size=batch_size)
+        if distributed.world_size() == 1 and "offload_param" not in ds["zero_optimization"]:
+            # There is nothing to shard, and a token takes ZeRO-3's hooks longer than the model.
+            ds["zero_optimization"] = {"stage": 0}
         engine = Frozen(load_sharded(task.model, ds, dtype, kernels), ds)
         pad_id = pad_id_of(tokenizer)
         writer = EngineWriter(
