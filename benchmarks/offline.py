@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="records of a forward")
     parser.add_argument("--k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--out", type=Path, default=RESULTS / "offline.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "offline_cpu.csv")
     asked = parser.parse_args()
     distributed.quiet()
     distributed.init()

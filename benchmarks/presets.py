@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from makd_llm import distributed
 from makd_llm.config.presets import preset_names
 from measure import RESULTS, say, where, write
 
@@ -39,10 +40,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4, help="records of a step, over all ranks")
     parser.add_argument("--run", type=Path, default=CHECKOUT / "runs" / "presets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     parser.add_argument("overrides", nargs="*", help="key.path=value, for every preset")
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = RESULTS / f"presets_{device}.csv"
+    target = asked.results / f"presets_{device}.csv"
     rows: list[dict[str, Any]] = []
     for preset in dict.fromkeys(["kd", *asked.presets]):
         row = row_of(preset, asked, rows[0] if rows else None)
@@ -62,7 +64,8 @@ def row_of(preset: str, asked: argparse.Namespace, kd: dict[str, Any] | None) ->
     ]
     # fmt: off
     command = [
-        "deepspeed", "--num_accelerators", str(asked.ranks), str(CHECKOUT / "train.py"),
+        "deepspeed", "--num_accelerators", str(asked.ranks),
+        "--master_port", str(distributed.free_port()), str(CHECKOUT / "train.py"),
         "--ds", str(asked.ds), "--preset", preset, "--until", "distil", *given,
     ]
     # fmt: on

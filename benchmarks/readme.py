@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "kernels" / "README.md", ROOT / "docs" / "students.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 
@@ -70,30 +74,9 @@ def _perplexity(value: float) -> str:
     return f"{value:,.1f}" if value < 1e5 else f"{value:.1e}"
 
 
-def decomposition(rows: list[Row]) -> str:
-    """Seconds by ranks."""
-    columns = {
-        "ranks": "ranks",
-        "threads_each": "threads each",
-        "decompose_s": "decomposition, s",
-        "times_faster": "times faster",
-        "whole_s": "all of it, s",
-        "peak_MB_of_a_rank": "peak of a rank, MB",
-    }
-    return _plain(rows, columns)
-
-
-def generation(rows: list[Row]) -> str:
-    """Tokens per second and memory by model and batch."""
-    columns = {
-        "batch": "batch",
-        "model": "model",
-        "tokens_per_second": "tokens/s",
-        "of_teachers_time": "of the teacher's time",
-        "weights_MB": "weights, MB",
-        "peak_MB": "peak beyond them, MB",
-    }
-    return _plain(rows, columns)
+def columns(of: dict[str, str]) -> Callable[[list[Row]], str]:
+    """A table of some columns, under their headings."""
+    return lambda rows: _plain(rows, of)
 
 
 def _plain(rows: list[Row], columns: dict[str, str]) -> str:
@@ -104,13 +87,76 @@ def _plain(rows: list[Row], columns: dict[str, str]) -> str:
     return "\n".join([*lines, "", said])
 
 
-TABLES = {
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "attention_kl": ("cpu.csv", attention),
     "linear_divergence": ("cpu.csv", linear),
     "lowrank": ("cpu.csv", lowrank),
     "factorization": ("factorization.csv", factorization),
-    "decomposition": ("decomposition_cpu.csv", decomposition),
-    "generation": ("generation_cpu.csv", generation),
+    "decomposition": (
+        "decomposition_cpu.csv",
+        columns(
+            {
+                "ranks": "ranks",
+                "threads_each": "threads each",
+                "decompose_s": "decomposition, s",
+                "times_faster": "times faster",
+                "whole_s": "all of it, s",
+                "peak_MB_of_a_rank": "peak of a rank, MB",
+            }
+        ),
+    ),
+    "generation": (
+        "generation_cpu.csv",
+        columns(
+            {
+                "batch": "batch",
+                "model": "model",
+                "tokens_per_second": "tokens/s",
+                "of_teachers_time": "of the teacher's time",
+                "weights_MB": "weights, MB",
+                "peak_MB": "peak beyond them, MB",
+            }
+        ),
+    ),
+    "step": (
+        "step_cpu.csv",
+        columns(
+            {
+                "objectives": "objectives",
+                "seconds_50": "seconds",
+                "ratio_to_kd": "of kd's time",
+                "in_all_MB": "memory in all, MB",
+                "memory_to_kd": "of kd's memory",
+            }
+        ),
+    ),
+    "presets": (
+        "presets_cpu.csv",
+        columns(
+            {
+                "preset": "preset",
+                "step_median_s": "seconds a step, median",
+                "step_mean_s": "mean",
+                "step_most_s": "most",
+                "time_to_kd": "mean, of kd's",
+                "peak_MB": "memory of a rank, MB",
+                "memory_to_kd": "of kd's",
+                "command_s": "seconds of the command",
+            }
+        ),
+    ),
+    "offline": (
+        "offline_cpu.csv",
+        columns(
+            {
+                "k": "k",
+                "bytes_per_token": "bytes a summary token",
+                "online": "loss online",
+                "difference": "offline, difference",
+                "difference_by_token": "mean of the differences token by token",
+            }
+        ),
+    ),
 }
 
 

@@ -14,7 +14,6 @@ has it write; and a rank's peak memory in a round of its own: beyond what is hel
 in all (no gradients or optimizer states are among that, so ratios are larger than in training).
 """
 
-import platform
 import statistics
 import sys
 import time
@@ -48,7 +47,7 @@ from makd_llm.train.deepspeed_config import (
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.step import distill_step, finetune_step
-from measure import RESULTS, machine, peaks, write
+from measure import RESULTS, peaks, where, write
 
 SETS: dict[str, list[str]] = {
     # opdf trains another student: not the one that all others are timed on
@@ -80,9 +79,10 @@ def main(
     sets: Annotated[
         str | None, typer.Option(help="Names, with commas between; kd is one of them in any case.")
     ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the table.")] = RESULTS,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
-    """Measures, prints a table, and writes benchmarks/results/step_<device>.csv."""
+    """Measures, prints a table, and writes step_<device>.csv."""
     distributed.quiet()
     distributed.init()
     config = load_config(run / "config.yaml", [])
@@ -143,7 +143,7 @@ def main(
                 writing[name].append(timed(partial(writers[name].of_step, count + 1, [drawn])))
     rows = table(seconds, writing, memory, tokens // (rounds + 1), world)
     if distributed.is_main():
-        publish(rows)
+        publish(rows, results)
     distributed.shutdown()
 
 
@@ -211,7 +211,6 @@ def table(
     world: int,
 ) -> list[dict[str, Any]]:
     """One row per set of objectives."""
-    device = machine(_kind())
     rows = []
     for name, values in seconds.items():
         low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
@@ -230,9 +229,7 @@ def table(
                 "tokens_per_rank": tokens,
                 "ranks": world,
                 "rounds": len(values),
-                "device": device,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
+                **where(_kind()),
             }
         )
     return rows
@@ -250,9 +247,9 @@ def _kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def publish(rows: list[dict[str, Any]]) -> None:
+def publish(rows: list[dict[str, Any]], results: Path) -> None:
     """Prints the rows and writes the CSV."""
-    path = RESULTS / f"step_{_kind()}.csv"
+    path = results / f"step_{_kind()}.csv"
     write(rows, path)
     for row in rows:
         print(

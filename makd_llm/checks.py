@@ -10,6 +10,7 @@ from makd_llm.config import DistilConfig, RunConfig
 from makd_llm.config.objectives import (
     AttentionConfig,
     AttributionConfig,
+    AuxiliaryConfig,
     CrossEntropyConfig,
     HiddenConfig,
     LocalConfig,
@@ -100,7 +101,8 @@ def _check_offline(distil: DistilConfig) -> None:
             "distil.sequences.student: what the student will write is in no cache; set it to null, "
             "or distil.offline=null"
         )
-    kept = (CrossEntropyConfig, LogitsConfig, HiddenConfig)
+    # The auxiliary tensors are compared with those of the teacher's files; it need not speak.
+    kept = (CrossEntropyConfig, LogitsConfig, HiddenConfig, AuxiliaryConfig)
     for name, asked in distil.of(ObjectiveConfig).items():
         if not isinstance(asked, kept):
             raise UserError(

@@ -58,11 +58,10 @@ def generate(
     """Writes summaries of a split's documents, as data to learn from. For several ranks: `torchrun
     --nproc-per-node N -m makd_llm.cli generate ...`.
     """
-    from makd_llm.config import checked, load_config
+    from makd_llm.config import DataConfig, checked, load_config
     from makd_llm.config.sequences import GenerationConfig
 
     run = load_config(config, overrides or [])
-    places = {"source": data, "train_split": split}
     asked = {
         "method": method,
         "beams": beams,
@@ -76,6 +75,8 @@ def generate(
     given = {name: value for name, value in asked.items() if value is not None}
     before = run.distil.sequences.generation.model_dump()
     generation = checked(GenerationConfig, {**before, **given})
+    places = {k: v for k, v in {"source": data, "train_split": split}.items() if v is not None}
+    documents = checked(DataConfig, {**run.data.model_dump(), **places})
     if data is None and "source" not in run.data.model_fields_set:
         raise UserError("--data is missing: a data.source, or a run's YAML with --config")
     from makd_llm import distributed
@@ -98,7 +99,7 @@ def generate(
     stop_at_signals()
     task = Task(
         resolve_model(model, weights=server is None),
-        run.data.model_copy(update={k: v for k, v in places.items() if v is not None}),
+        documents,
         generation,
         out,
         run.seed,

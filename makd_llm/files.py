@@ -17,6 +17,16 @@ from makd_llm.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """The ways in which a disk refuses to be written."""
 
+TEXTS = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "tokenizer*",
+)
+"""What a model and its tokenizer are loaded from, beside the weights."""
+
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
     """Writes UTF-8 text under another name and renames it: a reader never meets half of it.
@@ -109,23 +119,34 @@ def sample_of(path: Path) -> str:
     """Tells one content of a large file from another without reading all of it: SHA-256 of its size
     and of 64 KiB at 16 places.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{path.stat().st_size} ".encode())
     _add_sample(digest, path)
     return digest.hexdigest()[:16]
 
 
-def sample_of_folder(folder: Path) -> str:
-    """`sample_of` of a model folder: of the names and contents of its weight files and configs."""
+def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
+    """Tells one content of a model folder from another without reading all of it: SHA-256 of the
+    names and sizes of all that is loaded from it, of TEXTS in whole, and of 64 KiB at 16 places of
+    every weight file. weights: False where the tokenizer is all that counts.
+    """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        digest.update(f"{path.name} ".encode())
-        _add_sample(digest, path)
+    found = {path for pattern in TEXTS for path in folder.glob(pattern)}
+    found = {path for path in found if not path.name.startswith("README")}
+    if weights:
+        found |= set(folder.glob("*.safetensors"))
+    else:
+        found -= set(folder.glob("*.safetensors.index.json"))
+    for path in sorted(path for path in found if path.is_file()):
+        digest.update(os.fsencode(f"{path.relative_to(folder)} {path.stat().st_size} "))
+        if path.suffix == ".safetensors":
+            _add_sample(digest, path)
+        else:
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _add_sample(digest: Any, path: Path) -> None:
     size = path.stat().st_size
-    digest.update(f"{size} ".encode())
     with path.open("rb") as file:
         for sixteenth in range(16):
             file.seek(size * sixteenth // 16)

@@ -104,7 +104,7 @@ class Run:
         self.ds_path = ds_path
         self.deepspeed = read_deepspeed_config(ds_path)
         self.dtype = dtype_of(self.deepspeed)
-        self.dir = config.run_dir.expanduser()
+        self.dir = config.run_dir
         self.summaries = self.dir / "teacher-summaries"
         self.stages = Stages(self.dir)
         self.cutting = Cutting(config, self.dtype, self.tell)

@@ -93,7 +93,9 @@ def write_with_endpoint(
     def write(documents: Documents, decoding: Decoding, missing: list[int], save: Save) -> None:
         _watched(EndpointWriter(endpoint, documents, decoding).write, documents, missing, save)
 
-    return _write(task, {"name": endpoint.model}, write, tell)
+    # What is sent depends on the tokenizer and its template: it says where documents are cut.
+    tokenizer = sample_of_folder(task.model, weights=False)
+    return _write(task, {"name": endpoint.model, "tokenizer": tokenizer}, write, tell)
 
 
 def _write(
@@ -105,7 +107,7 @@ def _write(
     """What both have in common. model: what identifies it."""
     data = task.data.model_copy(update={"streaming": False})
     decoding = build_decoding(task.generation, task.seed)
-    records = build_records(data)
+    records = build_records(data, summarized=False)
     assert isinstance(records, RecordList)
     documents = Documents(
         records,
@@ -139,15 +141,15 @@ def _write(
         if missing:
             write(documents, decoding, missing, pieces.save)
         facts = {"documents": len(documents), "skipped": dict(documents.skipped)}
-        distributed.on_main(pieces.join, facts)
+        if not distributed.on_main(pieces.join, facts):
+            raise UserError(
+                f"{task.model} wrote nothing for any of {len(documents)} documents; check "
+                "data.prompt, or the server that writes; the same command then begins again"
+            )
         if documents.skipped:
             tell(str(describe_skipped(documents.skipped)))
     manifest = distributed.on_main(pieces.manifest)
     assert manifest is not None
-    if not manifest["summaries"]:
-        raise UserError(
-            f"{task.model} wrote nothing for any of {len(documents)} documents; check data.prompt"
-        )
     tell(_in_words(manifest, pieces.file))
     return manifest
 

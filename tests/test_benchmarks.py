@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from makd_kernels import attention_kl
 from makd_kernels.linear_divergence import linear_cross_entropy_divergence_loss
+from makd_llm import distributed
 from makd_llm.factorize.student import Recipe, factorize
+from makd_llm.testing import environment_alone
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -178,7 +181,7 @@ def test_generation_compares_what_writes_the_same(
     ]
     assert load("generation").loaded(student).config.lowrank
     assert all(float(row["tokens_per_second"]) > 0 for row in rows)
-    assert "tokens/s" in load("readme").generation(rows)
+    assert "tokens/s" in load("readme").TABLES["generation"][1](rows)
 
 
 def test_a_teachers_cache_is_held_against_the_online_loss(
@@ -221,4 +224,51 @@ def test_decomposition_is_timed_by_the_slowest_rank(
         ("2", "1"),
         ("1", "2"),
     ]
-    assert "decomposition, s" in load("readme").decomposition(rows)
+    assert "decomposition, s" in load("readme").TABLES["decomposition"][1](rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_presets_are_run_as_a_user_does_and_steps_are_timed_in_turns(
+    load, tiny: Path, tmp_path: Path
+) -> None:
+    results, run = tmp_path / "results", tmp_path / "run"
+    given = [
+        *(f"teacher.model={tiny / 'teacher'}", f"data.source={tiny}", "data.max_length=48"),
+        *("sft.enabled=true", "sft.train.steps=1", "sft.train.batch_size=4"),
+        *("evaluation.max_new_tokens=8", "student.rank_multiple=4"),
+        *("student.calibration_records=8", "distil.train.checkpoint_every=100"),
+    ]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    port = ["--master_port", str(distributed.free_port())]
+    presets = [str(BENCHMARKS / "presets.py"), "--presets", "makd", "--ranks", "1"]
+    sizes = ["--steps", "3", "--batch", "2", "--run", str(run), "--results", str(results)]
+    ds = str(BENCHMARKS.parent / "ds_configs" / "zero3.json")
+    step = [str(BENCHMARKS / "step.py"), "--ds", ds, "--run", str(run), "--rounds", "2"]
+    rows_of_random = ["--records", "2", "--length", "16", "--sets", "finetune,makd everywhere"]
+    rows = {}
+    for name, command in {
+        "presets_cpu": [*presets, *sizes, "--", *given],
+        "step_cpu": [*launcher, *port, *step, *rows_of_random, "--results", str(results)],
+    }.items():
+        scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment_alone() | {"PATH": scripts, "DS_ACCELERATOR": "cpu"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows[name] = list(csv.DictReader((results / f"{name}.csv").open(newline="")))
+    assert [row["preset"] for row in rows["presets_cpu"]] == ["kd", "makd"]
+    for row in rows["presets_cpu"]:
+        assert row["steps"] == "3" and float(row["step_most_s"]) >= float(row["step_median_s"]) > 0
+        assert float(row["peak_MB"]) > 0 and float(row["command_s"]) > 0
+    assert rows["presets_cpu"][0]["time_to_kd"] == "1.00"
+    assert [row["objectives"] for row in rows["step_cpu"]] == ["kd", "finetune", "makd everywhere"]
+    for row in rows["step_cpu"]:
+        assert row["tokens_per_rank"] == "32" and float(row["seconds_50"]) > 0
+    shown = {name: load("readme").TABLES[name][1] for name in ("presets", "step")}
+    assert "| makd |" in shown["presets"](rows["presets_cpu"])
+    assert "| makd everywhere |" in shown["step"](rows["step_cpu"])

@@ -53,6 +53,12 @@ from makd_llm.errors import UserError
         ),
         ("distil.over_parameterize={tensers: 3}", "tensers; did you mean tensors?"),
         ("distil.over_parameterize.roles=[]", "distil.over_parameterize.roles: tuple should have"),
+        (
+            "data.train_split=../x",
+            "data.train_split: files are named after it: give a name without",
+        ),
+        ("data.validation_split=''", "data.validation_split: files are named after it"),
+        ("run_dir=~nobody-of-that-name/a", "run_dir: nobody's home folder; write the path in full"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         (
             "distil.sequences.generation={per_document: 2}",
@@ -151,6 +157,15 @@ def test_every_kind_of_objective_has_defaults_and_says_its_name() -> None:
         asked = [f"distil.objectives.{kind}.weight=2", "distil.over_parameterize.tensors=3"]
         given = load_config(None, asked).distil.objectives[kind]
         assert type(given) is section and given.objective == kind and section.__doc__
+
+
+def test_a_home_folder_is_found_wherever_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["run_dir=~/run", "distil.offline.cache=~/cache", "evaluation.text=~/a.txt"]
+    config = load_config(None, paths)
+    assert config.distil.offline is not None
+    found = (config.run_dir, config.distil.offline.cache, config.evaluation.text)
+    assert list(map(str, found)) == ["/home/me/run", "/home/me/cache", "/home/me/a.txt"]
 
 
 def test_the_dumped_config_reads_back_the_same(tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def test_other_settings_are_refused_and_a_finished_folder_stands(
     assert (out / "train.jsonl").read_bytes() == before
 
 
+def test_a_split_names_no_file_elsewhere(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = command(tiny, tmp_path / "a" / "out", "--endpoint", "http://127.0.0.1:9")
+    for split in ("../x", "/x", "..", "a\\b", ""):
+        line = ended(capsys, [*call[call.index("generate") :], "--split", split])
+        assert "train_split: files are named after it: give a name without / and" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_the_client_of_an_endpoint_is_ended_and_goes_on(
     tiny: Path, tmp_path: Path, kind: signal.Signals

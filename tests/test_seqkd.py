@@ -127,6 +127,17 @@ def test_killed_while_the_teacher_writes(config: Path, finished: Path) -> None:
     assert (folder / written).read_bytes() == (finished / written).read_bytes()
 
 
+def test_the_documents_need_no_references(config: Path, finished: Path, tmp_path: Path) -> None:
+    """The student's start needs no calibration here, so that only the evaluation asks for them."""
+    rows = [json.loads(line) for line in (config.parent / "train.jsonl").read_text().splitlines()]
+    bare = [{key: row[key] for key in ("id", "document")} for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    shutil.copy(config.parent / "validation.jsonl", tmp_path)
+    run(config, tmp_path / "run", f"data.source={tmp_path}", "--until", "distil")
+    for name in ("teacher-summaries/train.jsonl", "student/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
 def test_settings_that_cannot_be(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="greedy decoding has one summary"):
         load_config(config, ["distil.sequences.generation={method: greedy, per_document: 2}"])

@@ -225,6 +225,16 @@ def test_a_cache_of_another_teacher_or_other_data_is_refused(
     assert "another teacher wrote it (" in line
 
 
+def test_auxiliary_tensors_are_compared_without_the_teacher(tiny: Path, tmp_path: Path) -> None:
+    """With those of the teacher's files."""
+    given = call(tiny, tmp_path / "run", "student.rank_multiple=8")
+    given[given.index("kd")] = "opdf"
+    run([argument for argument in given if argument != HIDDEN])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line)["loss/auxiliary"] for line in lines]
+    assert len(found) == 3 and found[0] > found[-1] > 0
+
+
 @pytest.mark.parametrize(
     ("contents", "words"),
     [

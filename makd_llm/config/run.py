@@ -14,7 +14,15 @@ from makd_llm.config.objectives import (
     with_kinds,
 )
 from makd_llm.config.presets import merged, preset
-from makd_llm.config.section import Fraction, NotNegative, Positive, Role, Section
+from makd_llm.config.section import (
+    FileName,
+    Fraction,
+    NotNegative,
+    Place,
+    Positive,
+    Role,
+    Section,
+)
 from makd_llm.config.sequences import SequencesConfig
 
 Kind = TypeVar("Kind", bound=ObjectiveConfig)
@@ -50,8 +58,8 @@ class DataConfig(Section):
     """`builtin:NAME`, a .jsonl/.csv/.parquet file, a folder of such files, or a Hub id."""
     validation_source: str | None = None
     """Where the validation split lies, if not in `source`."""
-    train_split: str = "train"
-    validation_split: str = "validation"
+    train_split: FileName = "train"
+    validation_split: FileName = "validation"
     columns: ColumnsConfig = ColumnsConfig()
     prompt: PromptConfig = PromptConfig()
     max_length: Positive = 1024
@@ -205,7 +213,7 @@ class OfflineConfig(Section):
     """Tokens whose log-probabilities are kept, at every summary token; all others share one."""
     batch_size: Positive = 8
     """Records per rank and forward of the teacher."""
-    cache: Path | None = None
+    cache: Place | None = None
     """The folder that another run has written; null: the run writes its own, teacher-cache/."""
 
 
@@ -294,7 +302,7 @@ class EvaluationConfig(Section):
     stages: bool = False
     """Also cut the students on the way (plain SVD, whitened, ...), and show what each step and the
     distillation is worth; a factorization each."""
-    text: Path | None = None
+    text: Place | None = None
     """A plain text file for perplexity by sliding window."""
     text_window: Positive = 1024
     text_stride: Positive = 512
@@ -303,7 +311,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Everything about one run but what the DeepSpeed JSON rules."""
 
-    run_dir: Path = Path("runs/demo")
+    run_dir: Place = Path("runs/demo")
     seed: Annotated[int, Field(ge=0)] = 0
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()

@@ -35,12 +35,14 @@ class Columns:
     """The names of the columns that are read. `id` may be None: records are then named by place.
 
     The summary column holds a string, or a list of strings where a document has several reference
-    summaries; training learns from the first, evaluation compares with all.
+    summaries; training learns from the first, evaluation compares with all. summarized: False where
+    the summaries are yet to be written; that column is then not looked at, and need not be there.
     """
 
     id: str | None = "id"
     document: str = "document"
     summary: str = "summary"
+    summarized: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """A document with its reference summaries (at least one), and its place in its source.
+    """A document with its reference summaries (at least one, or none where they are yet to be
+    written), and its place in its source.
 
     `fields` holds every other column with text, for templates such as "Name the {aspect}".
     `where` reads "train.jsonl, line 17" or "dataset cnn_dailymail[train], row 17", from 1.
@@ -84,21 +87,25 @@ def record_from_row(row: Row, columns: Columns) -> Record:
     """Check the named columns of `row` and make a record of it.
 
     Raises BadRecord for a missing column, a wrong type, an empty document or summary, and for text
-    that has no UTF-8 form (half of a surrogate pair, which JSON can spell as an escape).
+    that has no UTF-8 form (half of a surrogate pair, which JSON can spell as an escape), also in a
+    column that no template uses: records are written out again, and other readers refuse it.
     """
-    wanted = [name for name in (columns.id, columns.document, columns.summary) if name is not None]
+    known = [name for name in (columns.id, columns.document, columns.summary) if name is not None]
+    wanted = known if columns.summarized else known[:-1]
     for name in wanted:
         if name not in row.cells:
             raise _missing(name, wanted, row)
     document = _text(row, columns.document, row.cells[columns.document], "document")
-    references = tuple(
-        _text(row, columns.summary, value, "summary")
-        for value in _as_list(row, columns.summary, row.cells[columns.summary])
-    )
+    references: tuple[str, ...] = ()
+    if columns.summarized:
+        references = tuple(
+            _text(row, columns.summary, value, "summary")
+            for value in _as_list(row, columns.summary, row.cells[columns.summary])
+        )
     fields = {
-        name: value
+        name: _encodable(row, name, value)
         for name, value in row.cells.items()
-        if isinstance(value, str) and name not in wanted
+        if isinstance(value, str) and name not in known
     }
     return Record(_record_id(row, columns.id), document, references, fields, row.where)
 
@@ -152,8 +159,13 @@ def _text(row: Row, name: str, value: Any, role: Literal["document", "summary"])
         )
     if not value.strip():
         raise BadRecord(row.where, f"empty {role}", f"{name!r} is empty", f"a {role}")
+    return _encodable(row, name, value)
+
+
+def _encodable(row: Row, name: str, value: str) -> str:
+    """The text of a column, if it and the column's name can be written."""
     try:
-        value.encode("utf-8")
+        f"{name}{value}".encode()
     except UnicodeEncodeError:
         raise BadRecord(
             row.where,
@@ -175,7 +187,7 @@ def _record_id(row: Row, name: str | None) -> str:
             f"{name!r} holds {kind_of(value)}",
             "an id: a string or an integer",
         )
-    return str(value)
+    return _encodable(row, name, str(value))
 
 
 def kind_of(value: Any) -> str:

@@ -3,8 +3,8 @@
 A plain prompt goes to `/v1/completions`, a chat to `/v1/chat/completions`. The client of `openai`
 asks again after refused connections, time-outs, 408, 409, 429 and 5xx, waits longer each time (up
 to 8 s, with jitter) or as long as Retry-After says (up to two minutes). What no repetition can mend
-ends the run in one line; so does a request that failed once too often. Either way the requests that
-are under way come to their end first, and whole pieces are kept.
+ends the run in one line; so does a request that failed once too often. Whatever ends it, requests
+that are under way come to their end first, and whole pieces are kept.
 
 What the server's own generation settings add (a repetition penalty, say) is out of sight here;
 vLLM leaves them away with `--generation-config vllm`.
@@ -16,14 +16,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import openai
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
 
 from makd_llm.errors import Interrupted, RunEnded, Unavailable, UserError
 from makd_llm.generation.decoding import Decoding
@@ -35,11 +34,35 @@ KEY = "OPENAI_API_KEY"
 WORTH_ANOTHER_TRY = (408, 409, 429)
 """Of the 4xx, those that may go away; the client asks again after them and after 5xx."""
 
+UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+"""What the client raises for an answer that calls itself JSON and is none."""
+
+
+def _key() -> str:
+    """The key of the environment, or nothing. Raises UserError for one that cannot be sent."""
+    key = os.environ.get(KEY, "")
+    for place, sign in enumerate(key, 1):
+        if not "!" <= sign <= "~":
+            raise UserError(
+                f"${KEY}: character {place} is a space, a line break or not ASCII, and no key has "
+                "one; set the key again"
+            )
+    return key
+
+
+def _is_of_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)  # the client's own reading, which refuses what urlsplit passes over
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, httpx.InvalidURL):
+        return False
+
 
 @dataclass(frozen=True)
 class Endpoint:
     """A server and how it is asked. timeout: seconds for one answer. Raises UserError for a URL
-    that is none, or that holds a password.
+    that is none, or that holds more than a server and a path, and for a key that cannot be sent.
     """
 
     url: str
@@ -47,15 +70,24 @@ class Endpoint:
     concurrency: int = 16
     retries: int = 10
     timeout: float = 600.0
+    key: str = field(default_factory=_key, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        # None of these is shown: what stands before an @ or behind a ? may be a key.
+        if "@" in self.url:
             raise UserError(
-                f"--endpoint {self.url}: no URL of a server; example: http://127.0.0.1:8000/v1"
+                f"--endpoint: the URL has an @, as behind a user's name; the key belongs in ${KEY} "
+                "(an @ that is part of a path is written %40)"
             )
-        if parts.username is not None or parts.password is not None:
-            raise UserError(f"--endpoint: the URL holds a user's name; the key belongs in ${KEY}")
+        if "?" in self.url or "#" in self.url:
+            raise UserError(
+                "--endpoint: the URL has a query or a fragment (what begins with ? or #), which "
+                f"requests cannot keep; leave it out, the key belongs in ${KEY}"
+            )
+        if not _is_of_a_server(self.url):
+            raise UserError(
+                f"--endpoint {self.url!r}: no URL of a server; example: http://127.0.0.1:8000/v1"
+            )
 
     @property
     def base_url(self) -> str:
@@ -78,7 +110,7 @@ class EndpointWriter:
                 "local engine write (without --endpoint)"
             )
         self._endpoint, self._documents, self._decoding = endpoint, documents, decoding
-        self._failure: RunEnded | None = None
+        self._failure: Exception | None = None
 
     def write(self, pieces: Sequence[int], save: Save, advance: Callable[[int], None]) -> None:
         """Writes the pieces; each is saved when its last answer is there. advance: is told how many
@@ -112,10 +144,10 @@ class EndpointWriter:
         async def ask_until_the_end(client: openai.AsyncOpenAI) -> None:
             try:
                 await ask_on(client)
-            except (openai.OpenAIError, json.JSONDecodeError) as error:
+            except (openai.OpenAIError, *UNREADABLE) as error:
                 self._failure = self._failure or self._ended_by(error)
-            except RunEnded as ended:
-                self._failure = self._failure or ended
+            except Exception as error:  # noqa: BLE001 - raised below, when no request is under way
+                self._failure = self._failure or error
 
         with _stopping():
             async with self._client() as client, asyncio.TaskGroup() as group:
@@ -128,7 +160,7 @@ class EndpointWriter:
         return openai.AsyncOpenAI(
             base_url=self._endpoint.base_url,
             # Servers of one's own ask for none, but the client insists on having one.
-            api_key=os.environ.get(KEY) or "none",
+            api_key=self._endpoint.key or "none",
             max_retries=self._endpoint.retries,
             timeout=self._endpoint.timeout,
         )
@@ -149,22 +181,20 @@ class EndpointWriter:
     async def _ask(self, client: openai.AsyncOpenAI, place: int, copy: int) -> Text:
         prompt: Any = self._documents.request(place)
         settings, more = self._settings(place, copy)
-        written: str | None
-        if isinstance(prompt, str):
-            completion = await client.completions.create(prompt=prompt, extra_body=more, **settings)
-            choice = self._checked(completion, Completion).choices[0]
-            written = choice.text
-        else:
+        try:
+            if isinstance(prompt, str):
+                return self._text(
+                    await client.completions.create(prompt=prompt, extra_body=more, **settings)
+                )
             if options := self._documents.prompts.template_options:
                 more = {**more, "chat_template_kwargs": options}
-            chat = await client.chat.completions.create(
-                messages=prompt, extra_body=more, **settings
+            return self._text(
+                await client.chat.completions.create(messages=prompt, extra_body=more, **settings)
             )
-            choice = self._checked(chat, ChatCompletion).choices[0]
-            written = choice.message.content
-        # Half of a surrogate pair, which JSON can spell, has no UTF-8 form.
-        text = (written or "").encode("utf-8", "replace").decode("utf-8")
-        return Text(text.strip(), ended=choice.finish_reason == "stop")
+        except openai.BadRequestError as error:
+            if error.code == "content_filter":
+                return Text("", ended=False)
+            raise
 
     def _settings(self, place: int, copy: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Those of the protocol, and what servers of open models understand beside it."""
@@ -179,11 +209,25 @@ class EndpointWriter:
         settings |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "seed": seed}
         return settings, {} if decoding.top_k is None else {"top_k": decoding.top_k}
 
-    def _checked(self, answer: Any, kind: type[Any]) -> Any:
-        """An answer that has a choice; anything may stand behind a URL."""
-        if not isinstance(answer, kind) or not getattr(answer, "choices", None):
+    def _text(self, answer: object) -> Text:
+        """What an answer holds; anything may stand behind a URL. What a filter kept back, or what
+        is null, is an empty text.
+        """
+        found = answer.to_dict(warnings=False) if isinstance(answer, openai.BaseModel) else {}
+        match found.get("choices"):
+            case [{"finish_reason": "content_filter"}, *_]:
+                return Text("", ended=False)
+            case [{"text": written, **choice}, *_]:
+                pass
+            case [{"message": {"role": _} | {"content": _} as message, **choice}, *_]:
+                written = message.get("content")  # some servers leave a null out
+            case _:
+                raise self._no_server()
+        if not isinstance(written, str | None):
             raise self._no_server()
-        return answer
+        # Half of a surrogate pair, which JSON can spell, has no UTF-8 form.
+        text = (written or "").encode("utf-8", "replace").decode("utf-8")
+        return Text(text.strip(), ended=choice.get("finish_reason") == "stop")
 
     def _no_server(self) -> UserError:
         return UserError(
@@ -194,9 +238,9 @@ class EndpointWriter:
     def _ended_by(self, error: Exception) -> RunEnded:
         """What a failed request means for the run, without the key in it."""
         where = f"{self._endpoint.base_url} ({self._endpoint.model})"
-        if isinstance(error, json.JSONDecodeError):
+        if isinstance(error, UNREADABLE):
             return self._no_server()
-        reason = _said(error)
+        reason = self._said(error)
         if isinstance(error, openai.APIStatusError):
             code = error.status_code
             if code < 500 and code not in WORTH_ANOTHER_TRY:
@@ -211,12 +255,10 @@ class EndpointWriter:
             "was finished is kept, and the same command goes on from it"
         )
 
-
-def _said(error: Exception) -> str:
-    """The reason in at most 300 characters, with the key taken out should a server repeat it."""
-    reason = " ".join(str(error).split())
-    key = os.environ.get(KEY)
-    return (reason.replace(key, f"${KEY}") if key else reason)[:300]
+    def _said(self, error: Exception) -> str:
+        """The reason in at most 300 characters, without the key should a server repeat it."""
+        reason, key = " ".join(str(error).split()), self._endpoint.key
+        return (reason.replace(key, f"${KEY}") if key else reason)[:300]
 
 
 @contextmanager

@@ -55,7 +55,8 @@ class Pieces:
         manifest = self.manifest()
         if manifest is not None:
             change = difference(manifest["made_from"], self._made_from)
-            if change is None and manifest["done"] and self.file.is_file():
+            done = manifest["done"] and manifest["summaries"] > 0
+            if change is None and done and self.file.is_file():
                 self._remove_pieces()
                 return None
             if change is not None and not anew:
@@ -82,18 +83,21 @@ class Pieces:
         assert len(lines) == self._expected(number)
         self._write(self._path(number), lines)
 
-    def join(self, facts: dict[str, Any]) -> None:
+    def join(self, facts: dict[str, Any]) -> int:
         """Joins the pieces in order; the manifest then has `facts`, counts, and the ids of the
         documents whose text was cut short or is empty. An empty text teaches nothing, and data
-        with one would be refused: it stays out.
+        with one would be refused: it stays out. Where all are empty nothing is done, and the
+        pieces go, so that the next start writes them again. Returns how many texts there are.
         """
-        lines = (line for number in range(self._count) for line in self._lines(number))
+        if all(line["empty"] for line in self._all_lines()):
+            self._remove_pieces()
+            return 0
         cut, empty = [], []
         written = 0
 
         def rows() -> Iterator[Line]:
             nonlocal written
-            for line in lines:
+            for line in self._all_lines():
                 if line["empty"]:
                     empty.append(line["id"])
                     continue
@@ -106,17 +110,29 @@ class Pieces:
         counts = {"summaries": written, "cut": cut, "empty": empty}
         self._write_manifest({"done": True, **facts, **counts})
         self._remove_pieces()
+        return written
 
     def manifest(self) -> dict[str, Any] | None:
-        """What is known of the folder; None: nothing. Raises UserError where it is damaged."""
+        """What is known of the folder; None: nothing. Raises UserError where it is damaged, or of
+        something else.
+        """
         path = self.folder / MANIFEST
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); name another folder"
+            ) from None
+        except (ValueError, RecursionError):
             raise UserError(f"{path}: damaged; delete the folder, or name another") from None
-        return found
+        match found:
+            case {"made_from": {}, "done": False}:
+                return dict(found)
+            case {"made_from": {}, "done": True, "summaries": int(), "cut": [*_], "empty": [*_]}:
+                return dict(found)
+        raise UserError(f"{path}: no manifest of summaries; name another folder")
 
     def _write_manifest(self, facts: dict[str, Any]) -> None:
         found = json.dumps({"made_from": self._made_from, **facts}, indent=1, ensure_ascii=False)
@@ -134,6 +150,9 @@ class Pieces:
 
     def _path(self, number: int) -> Path:
         return self.folder / PIECES / f"{number:06d}.jsonl"
+
+    def _all_lines(self) -> Iterator[Line]:
+        return (line for number in range(self._count) for line in self._lines(number))
 
     def _lines(self, number: int) -> Iterator[Line]:
         with self._path(number).open(encoding="utf-8") as file:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -23,10 +24,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from makd_llm.data.builtin import cache_dir, fetch_builtin_model
 from makd_llm.errors import UserError
+from makd_llm.files import TEXTS
 
 BUILTIN = "builtin:"
-HUB_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
-HUB_FILES = ["*.safetensors", *HUB_TEXTS]
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:
@@ -51,7 +51,9 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
         raise UserError(
             f"{model}: no such folder; teacher.model takes a .gguf file, a folder or a Hub id"
         )
-    return _checked_folder(_from_hub(model, HUB_FILES)) if weights else _from_hub(model, HUB_TEXTS)
+    if not weights:
+        return _from_hub(model, TEXTS)
+    return _checked_folder(_from_hub(model, ("*.safetensors", *TEXTS)))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -75,9 +77,9 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _from_hub(model: str, patterns: list[str]) -> Path:
+def _from_hub(model: str, patterns: Sequence[str]) -> Path:
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except HFValidationError:
         raise UserError(f"{model}: neither a local folder nor a Hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

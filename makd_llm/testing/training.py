@@ -39,6 +39,7 @@ from makd_llm.train.build import (
 from makd_llm.train.deepspeed_config import frozen_config
 from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.loop import Loop, LoopSettings
+from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.over_parameterize import over_parameterize
 from makd_llm.train.step import distill_step
 
@@ -151,12 +152,17 @@ def named_parameters(trained: Trained) -> dict[str, torch.nn.Parameter]:
 def gradients(
     folder: Path, student: Path, ds: dict[str, Any], *, copies: int = 1, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """The gradient of one optimizer step's loss, whole, before clipping. copies: how often each
-    record is in its micro-batch; changes: as in parts.
+    """The gradient of one optimizer step's loss, whole, before clipping; on the student's own texts
+    where those are asked for. copies: how often each record is in its micro-batch; changes: as in
+    parts.
     """
     made = parts(folder, student, ds, **changes)
     trained, teacher, objectives, loader = made
     batches = loader.next_step()
+    on_policy = _on_policy(made, DistilConfig.model_validate(changes.get("distil") or {}))
+    own = on_policy.of_step(1, batches) if on_policy else None
+    if own is not None:
+        batches, objectives.own_words = own, True
     if copies > 1:
         batches = [collate(examples_of(batch) * copies, pad_id=2) for batch in batches]
     counts = counts_of(batches)
@@ -186,16 +192,6 @@ def run_loop(
     """
     said: list[str] = []
     asked = DistilConfig.model_validate(distil or {})
-    on_policy = build_on_policy(
-        asked,
-        DataConfig(max_length=64),
-        1,
-        made.trained.model,
-        (2,),
-        dtype=torch.float32,
-        pad_id=2,
-        validation_loss=lambda: made.trained.loss_of(held_out, 2, 2),
-    )
     loop = Loop(
         made.trained,
         made.objectives,
@@ -209,7 +205,7 @@ def run_loop(
             staged=staged_shares(asked),
         ),
         run_dir,
-        on_policy=on_policy,
+        on_policy=_on_policy(made, asked, held_out),
     )
 
     def step(batch: Any, counts: dict[str, float]) -> Any:
@@ -219,6 +215,21 @@ def run_loop(
 
     loop.run(step)
     return said
+
+
+def _on_policy(
+    made: Parts, asked: DistilConfig, held_out: Sequence[Example] = ()
+) -> OnPolicy | None:
+    return build_on_policy(
+        asked,
+        DataConfig(max_length=64),
+        1,
+        made.trained.model,
+        (2,),
+        dtype=torch.float32,
+        pad_id=2,
+        validation_loss=lambda: made.trained.loss_of(held_out, 2, 2),
+    )
 
 
 def assert_same_gradient(

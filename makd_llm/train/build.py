@@ -78,14 +78,20 @@ def build_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Promp
 
 
 def build_records(
-    data: DataConfig, *, validation: bool = False, limit: int | None = None
+    data: DataConfig,
+    *,
+    validation: bool = False,
+    limit: int | None = None,
+    summarized: bool = True,
 ) -> RecordList | RecordStream:
-    """Training records (as a stream where asked for), or the validation split (always a list)."""
+    """Training records (as a stream where asked for), or the validation split (always a list).
+    summarized: False where documents are all that is needed.
+    """
     source = data.validation_source if validation and data.validation_source else data.source
     return load_records(
         source,
         data.validation_split if validation else data.train_split,
-        Columns(data.columns.id, data.columns.document, data.columns.summary),
+        Columns(**data.columns.model_dump(), summarized=summarized),
         on_bad_record=data.on_bad_record,
         streaming=data.streaming and not validation,
         limit=limit if validation else data.limit,

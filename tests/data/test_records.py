@@ -39,6 +39,12 @@ BAD = {
     "empty list": ({**GOOD, "summary": []}, "'summary' is an empty list; expected a summary"),
     "not UTF-8": (b'{"id": "b", "document": "caf\xe9"}', "byte 0xe9 at position 28 is not UTF-8"),
     "surrogate": ({**GOOD, "document": "\ud800"}, "unpaired surrogate"),
+    "surrogate in an id": ({**GOOD, "id": "\udfff"}, "'id' holds an unpaired surrogate"),
+    "surrogate in any column": (
+        {**GOOD, "note": "a\ud83d"},
+        "'note' holds an unpaired surrogate escape .*expected text that can be written as UTF-8",
+    ),
+    "surrogate in a name": ({**GOOD, "\ud800": "a"}, r"'\\ud800' holds an unpaired"),
     "wrong type": ({**GOOD, "document": 5}, "'document' holds a number; expected the document as"),
     "null": (
         {**GOOD, "summary": None},
@@ -51,6 +57,9 @@ REASONS = {
     "not an object": "malformed JSON",
     "empty list": "empty summary",
     "surrogate": "not UTF-8",
+    "surrogate in an id": "not UTF-8",
+    "surrogate in any column": "not UTF-8",
+    "surrogate in a name": "not UTF-8",
     "null": "wrong type",
     "list of numbers": "wrong type",
     "wrong id": "wrong type",
@@ -79,7 +88,7 @@ def test_nothing_is_lost_without_being_counted(jsonl: Jsonl, load: Load) -> None
     source = load(jsonl(lines), on_bad_record="skip")
     assert len(source) + source.skipped.total() == len(lines)
     assert source.describe_skipped() == (
-        "skipped 12 records: 4 wrong type, 2 empty summary, 2 malformed JSON, 2 not UTF-8, "
+        "skipped 15 records: 5 not UTF-8, 4 wrong type, 2 empty summary, 2 malformed JSON, "
         "1 empty document, 1 missing column"
     )
     assert load(jsonl([GOOD])).describe_skipped() is None

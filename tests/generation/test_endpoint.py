@@ -3,6 +3,7 @@ and what no repetition can mend ends in one line.
 """
 
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from makd_llm.config import DataConfig
+from makd_llm.config.run import PromptConfig
 from makd_llm.config.sequences import GenerationConfig
 from makd_llm.errors import RunEnded, Unavailable, UserError
-from makd_llm.generation.endpoint import Endpoint
+from makd_llm.generation.endpoint import Endpoint, EndpointWriter
 from makd_llm.teacher_summaries import Task, write_with_endpoint
+from makd_llm.train.build import build_records
 
 DOCUMENTS = 40
 SERVER_MAY_SLEEP = 0.05
@@ -149,6 +152,11 @@ def test_a_server_that_stays_away_is_no_wrong_input(
         ((200, {}, "<html>hello</html>"), "not as an OpenAI-compatible server does"),
         ((200, {}, {"hello": 1}), "not as an OpenAI-compatible server does"),
         ((200, {"Content-Type": "application/json"}, "{"), "not as an OpenAI-compatible"),
+        ((200, {}, {"choices": [None]}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": [{}]}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": {"text": "a"}}), "not as an OpenAI-compatible server does"),
+        ((200, {}, {"choices": [{"text": ["a"]}]}), "not as an OpenAI-compatible server does"),
+        ((200, {"Content-Type": "application/json"}, "[" * 9999), "not as an OpenAI-compatible"),
         ((404, {}, {"error": {"message": "no model tiny"}}), "check --model-name"),
     ],
 )
@@ -157,6 +165,86 @@ def test_something_else_behind_the_url(
 ) -> None:
     server.fault = lambda server, body, before: reply
     assert words in refused(task_of(tiny, tmp_path / "out"), server, UserError)
+
+
+@pytest.mark.parametrize(
+    "message", [None, {}, "text", {"content": [{"type": "text", "text": "a"}]}]
+)
+def test_an_odd_answer_to_a_chat_is_one_line(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any, message: Any
+) -> None:
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    server.fault = lambda server, body, before: (200, {}, {"choices": [choice]})
+    task = task_of(tiny, tmp_path / "out")
+    said = refused(Task(chat_teacher, task.data, task.generation, task.out), server, UserError)
+    assert "not as an OpenAI-compatible server does" in said
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"finish_reason": "content_filter", "message": None},
+        {"finish_reason": "content_filter", "message": {"content": "I ca"}},
+        {"finish_reason": "length", "message": {"content": None}},
+        {"finish_reason": "length", "message": {"role": "assistant"}},
+        None,  # refused with 400
+    ],
+)
+def test_a_document_that_is_filtered_is_left_out_and_blocks_nothing(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any, choice: Any
+) -> None:
+    filtered = expected_of(tiny)[7][1]
+
+    def answer(server: Any, body: dict[str, Any], before: int) -> Any:
+        if server.words(body) != filtered:
+            return server.answer(body)
+        if choice is None:
+            return 400, {}, {"error": {"message": "our policy", "code": "content_filter"}}
+        return 200, {}, {"choices": [{"index": 0, **choice}]}
+
+    server.fault = answer
+    task, out = task_of(tiny, tmp_path / "out"), tmp_path / "out"
+    data = task.data.model_copy(update={"prompt": PromptConfig(user_template="{document}")})
+    manifest = write(Task(chat_teacher, data, task.generation, out, piece=6), server)
+    kept = [pair for pair in expected_of(tiny) if pair[1] != filtered]
+    assert found_in(out) == kept and len(kept) < DOCUMENTS
+    assert (len(manifest["empty"]), manifest["cut"]) == (DOCUMENTS - len(kept), [])
+
+
+def test_what_nobody_foresaw_is_raised_when_no_request_is_under_way(
+    tiny: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = []
+
+    def slow(server: Any, body: dict[str, Any], before: int) -> Any:
+        time.sleep(0.2 * (server.words(body) != expected_of(tiny)[0][1]))
+        answered.append(body)
+        return server.answer(body)
+
+    text = EndpointWriter._text
+    read: list[Any] = []
+
+    def fails_once(self: EndpointWriter, answer: Any) -> Any:
+        read.append(answer)
+        if len(read) == 1:
+            raise ZeroDivisionError
+        return text(self, answer)
+
+    server.fault = slow
+    monkeypatch.setattr(EndpointWriter, "_text", fails_once)
+    with pytest.raises(ZeroDivisionError):
+        write(task_of(tiny, tmp_path / "out"), server, concurrency=4)
+    assert len(read) == len(answered) == 4, "and nothing more is asked for"
+
+
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("sk-secrét", "sk-secret\n", "sk secret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match=r"^\$OPENAI_API_KEY: character \d+ is") as caught:
+            Endpoint("http://host/v1", "tiny")
+        assert "secr" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    assert "secret" not in repr(Endpoint("http://host/v1", "tiny"))
 
 
 def test_the_key_is_sent_and_never_shown(
@@ -211,6 +299,48 @@ def test_cut_and_empty_texts_are_told(tiny: Path, tmp_path: Path, server: Any) -
     assert found_in(tmp_path / "out") == [p for p in expected_of(tiny) if p[0] not in none]
 
 
+def test_where_everything_is_empty_nothing_is_done_and_the_next_start_asks_again(
+    tiny: Path, tmp_path: Path, server: Any
+) -> None:
+    server.fault = lambda server, body, before: (200, {}, {"choices": [{"text": "", "index": 0}]})
+    task = task_of(tiny, tmp_path / "out")
+    assert "wrote nothing for any of 40 documents" in refused(task, server, UserError)
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+    server.fault = lambda server, body, before: server.answer(body)
+    assert write(task, server)["summaries"] == DOCUMENTS
+    assert found_in(tmp_path / "out") == expected_of(tiny)
+
+
+def test_documents_need_no_reference_and_training_does(
+    tiny: Path, tmp_path: Path, server: Any
+) -> None:
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["topic"] = f"t{number}"
+        match number % 5:
+            case 0:
+                del row["summary"]
+            case 1:
+                row["summary"] = ["", []][number % 2]
+            case 2:
+                row["summary"] = None
+            case 3:
+                row["summary"] = "much longer than the window " * 50
+    path, out = tmp_path / "documents.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_of(tiny, out)
+    data = task.data.model_copy(update={"source": str(path)})
+    write(Task(task.model, data, task.generation, out), server)
+    assert found_in(out) == expected_of(tiny)
+    written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert [row["topic"] for row in written] == [f"t{number}" for number in range(DOCUMENTS)]
+    assert {tuple(row) for row in written} == {("id", "document", "topic", "summary")}
+    with pytest.raises(UserError, match=r"line 1: there is no column 'summary'"):
+        build_records(data)
+    # As in training, where no template may use the summary.
+    assert build_records(data, summarized=False)[3].fields == {"topic": "t3"}
+
+
 def test_a_chat_goes_as_turns_and_the_template_is_told_what_ours_is(
     tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any
 ) -> None:
@@ -226,11 +356,23 @@ def test_a_chat_goes_as_turns_and_the_template_is_told_what_ours_is(
     assert found_in(tmp_path / "out") == expected_of(tiny)
 
 
+def test_another_chat_template_is_not_mixed_in(
+    tiny: Path, chat_teacher: Path, tmp_path: Path, server: Any
+) -> None:
+    changed, task = tmp_path / "changed", task_of(tiny, tmp_path / "out")
+    shutil.copytree(chat_teacher, changed)
+    write(Task(changed, task.data, task.generation, task.out), server)
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant:", "assistent:"))
+    said = refused(Task(changed, task.data, task.generation, task.out), server, UserError)
+    assert "holds summaries that were made otherwise: model.tokenizer changed from" in said
+
+
 def test_a_long_document_is_cut_as_for_a_local_model(
     tiny: Path, tmp_path: Path, server: Any
 ) -> None:
     from makd_llm.models.source import load_tokenizer
-    from makd_llm.train.build import build_prompts, build_records
+    from makd_llm.train.build import build_prompts
 
     task = task_of(tiny, tmp_path / "out")
     data = task.data.model_copy(update={"max_length": 24})
@@ -266,13 +408,22 @@ def test_a_prompt_that_the_server_would_see_otherwise_is_refused(
     [
         ("localhost:8000", "no URL of a server"),
         ("ftp://x/v1", "no URL of a server"),
+        ("http://[bad/v1", "no URL of a server"),
+        ("http://host:80a/v1", "no URL of a server"),
+        ("http://host:99999/v1", "no URL of a server"),
+        ("http://ho\nst/v1", "no URL of a server"),
         ("http://me:word@host/v1", "the key belongs in"),
+        ("me:word@host:8000/v1", "the key belongs in"),
+        ("//word@host/v1", "the key belongs in"),
+        ("http://me:wo/rd@host/v1", "the key belongs in"),
+        ("http://host/v1?api-key=word", "has a query or a fragment"),
+        ("http://host#word", "has a query or a fragment"),
     ],
 )
 def test_wrong_urls(url: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         Endpoint(url, "tiny")
-    assert "word@" not in str(caught.value)
+    assert "word" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_url_without_a_path_gets_its_version() -> None:

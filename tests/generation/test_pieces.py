@@ -90,6 +90,16 @@ def test_joining_can_be_interrupted_too(
     assert joined(tmp_path) == expected == [f"r{i}" for i in range(12) if i != 7]
 
 
+def test_a_finished_file_without_a_text_is_written_again(tmp_path: Path) -> None:
+    pieces = pieces_in(tmp_path)
+    pieces.begin()
+    write(pieces, [0, 1, 2, 3])
+    pieces.join({})
+    told = {"made_from": {"seed": 1}, "done": True, "summaries": 0, "cut": [], "empty": ["r0"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    assert pieces_in(tmp_path).begin() == [0, 1, 2, 3]
+
+
 def test_other_settings_are_refused_and_named_or_replaced_where_asked(tmp_path: Path) -> None:
     before = pieces_in(tmp_path, generation={"beams": 4})
     before.begin()
@@ -118,6 +128,24 @@ def test_a_finished_file_that_went_is_written_again(tmp_path: Path) -> None:
     assert pieces_in(tmp_path).begin() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        '{"name": "an extension", "version": 3}',
+        "[1, 2]",
+        "null",
+        '{"made_from": "wool", "done": false}',
+        '{"made_from": {}, "done": true}',
+    ],
+)
+def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / "manifest.json").write_text(foreign)
+    for anew in (False, True):
+        with pytest.raises(UserError, match=r"manifest\.json: no manifest of summaries; name"):
+            pieces_in(tmp_path).begin(anew=anew)
+    assert (tmp_path / "manifest.json").read_text() == foreign
+
+
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json: damaged"):
@@ -126,3 +154,6 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match="cannot be written"):
         pieces_in(file / "folder").begin()
+    (tmp_path / "other" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(Is a directory"):
+        pieces_in(tmp_path / "other").begin()
