@@ -14,6 +14,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 from makd_llm import distributed
 from makd_llm.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""The ways in which a disk refuses to be written."""
+
 TEXTS = (
     "*.json",
     "*.model",
@@ -23,9 +26,6 @@ TEXTS = (
     "tokenizer*",
 )
 """What a model and its tokenizer are loaded from, beside the weights."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-"""The ways in which a disk refuses to be written."""
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
@@ -119,15 +119,15 @@ def sample_of(path: Path) -> str:
     """Tells one content of a large file from another without reading all of it: SHA-256 of its size
     and of 64 KiB at 16 places.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{path.stat().st_size} ".encode())
     _add_sample(digest, path)
     return digest.hexdigest()[:16]
 
 
 def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
-    """Tells one content of a model folder from another: SHA-256 of the names and sizes of all that
-    is loaded from it, of TEXTS in whole, and of a sample of every weight file. weights: False where
-    the tokenizer is all that counts.
+    """Tells one content of a model folder from another without reading all of it: SHA-256 of the
+    names and sizes of all that is loaded from it, of TEXTS in whole, and of 64 KiB at 16 places of
+    every weight file. weights: False where the tokenizer is all that counts.
     """
     digest = hashlib.sha256()
     found = {path for pattern in TEXTS for path in folder.glob(pattern)}
@@ -137,18 +137,16 @@ def sample_of_folder(folder: Path, *, weights: bool = True) -> str:
     else:
         found -= set(folder.glob("*.safetensors.index.json"))
     for path in sorted(path for path in found if path.is_file()):
-        digest.update(os.fsencode(f"{path.relative_to(folder)} "))
+        digest.update(os.fsencode(f"{path.relative_to(folder)} {path.stat().st_size} "))
         if path.suffix == ".safetensors":
             _add_sample(digest, path)
         else:
-            digest.update(f"{path.stat().st_size} ".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _add_sample(digest: Any, path: Path) -> None:
     size = path.stat().st_size
-    digest.update(f"{size} ".encode())
     with path.open("rb") as file:
         for sixteenth in range(16):
             file.seek(size * sixteenth // 16)

@@ -85,6 +85,13 @@ SHAPES = {"depth", "width", "heads"}
 """The sections of `student` that the stage `shape` is about; the others are factorize's."""
 TRAINING = ("sft", "distil")
 """The stages that save checkpoints."""
+FREE = (
+    *("checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps"),
+    *("micro_batch_size", "gradient_checkpointing"),
+)
+"""Settings of training that may change while a stage is under way: what is learnt stays. By the
+last two it is cut for other ranks, or for less memory.
+"""
 
 
 class Run:
@@ -271,15 +278,18 @@ class Run:
 
     def _key(self, stage: str, after: str) -> Key:
         """What a training stage depends on: its config, DeepSpeed's JSON, the stage before it."""
-        section = getattr(self.config, stage).model_dump()
-        for free in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        section, ds = getattr(self.config, stage).model_dump(), dict(self.deepspeed)
+        for free in FREE:
             section["train"].pop(free)
+        if "train_batch_size" in ds:  # else the two below make the batch
+            ds.pop("train_micro_batch_size_per_gpu", None)
+            ds.pop("gradient_accumulation_steps", None)
         if stage == "distil":
             del section["sequences"]["generation"]  # of the stage before, where there is one
         if section.get("offline"):
             # Where it lies and how it was written is free; what it holds is in the key of `after`.
             section["offline"] = {"top_k": section["offline"]["top_k"]}
-        return {stage: section, "ds": self.deepspeed, "after": after}
+        return {stage: section, "ds": ds, "after": after}
 
     def _write_key(self, after: str) -> Key:
         """What the teacher's summaries depend on: how they are written, and the teacher's tuning;

@@ -1,6 +1,7 @@
 """Results are kept while their config stands, and made again, with a reason, when it changed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +61,25 @@ def test_digest_depends_on_content_and_not_on_order() -> None:
         == digest({"b": Path("x"), "a": 1})
         != digest({"a": 2, "b": Path("x")})
     )
+
+
+def test_how_a_batch_is_cut_is_no_change(tmp_path: Path) -> None:
+    """Other ranks need another micro-batch, and a lack of memory a smaller one."""
+    from makd_llm.config import load_config
+    from makd_llm.pipeline import Run
+
+    ds = Path(__file__).resolve().parents[1] / "ds_configs" / "zero3.json"
+
+    def key(*settings: str) -> Any:
+        config = load_config(None, [f"run_dir={tmp_path}", *settings])
+        return Run(config, ds)._key("distil", "")
+
+    train = "distil.train"
+    free = (
+        "micro_batch_size=2",
+        "gradient_checkpointing=true",
+        "checkpoint_every=7",
+        "log_every=3",
+    )
+    assert key() == key(*(f"{train}.{setting}" for setting in free))
+    assert key() != key(f"{train}.batch_size=16") != key(f"{train}.learning_rate=1.0e-3")

@@ -104,15 +104,15 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next step, in JSON values; the same on every rank."""
-        return self._order.state_dict()
+        return {"batch_size": self._batch_size, **self._order.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, at any world size and micro-batch size.
 
-        Raises UserError where it is of another seed, shuffling or number of records.
+        Raises UserError where it is of another batch size, seed, shuffling or number of records.
         """
-        now = self._order.state_dict()
-        for key in self._order.fixed:
+        now = self.state_dict()
+        for key in ("batch_size", *self._order.fixed):
             if state.get(key) != now[key]:
                 raise UserError(
                     f"the checkpoint's data had {key.replace('_', ' ')} {state.get(key)!r} and "

@@ -248,6 +248,8 @@ def test_a_state_of_other_data_is_refused(make_loader: MakeLoader) -> None:
         make_loader(10, seed=1).load_state_dict(state)
     with pytest.raises(UserError, match="had shuffle buffer None and this run's has 4"):
         make_loader(10, streaming=True).load_state_dict(state)
+    with pytest.raises(UserError, match=r"had batch size \d+ and this run's has 2"):
+        make_loader(10, batch_size=2, micro_batch_size=1).load_state_dict(state)
 
 
 def test_options_reach_the_batch(make_loader: MakeLoader) -> None:

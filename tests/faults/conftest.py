@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-# Read when DeepSpeed is imported, here and so in the ranks that are forked from this process.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 from makd_llm.testing.faults import EVERY, STEPS, Case, Row
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -49,6 +46,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 @pytest.fixture(scope="session")
 def begun(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder in which the student is cut, by two ranks."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
     import makd_llm.pipeline  # noqa: F401  (so that the forked ranks need not)
 
     (tiny / "run.yaml").write_text(f"""

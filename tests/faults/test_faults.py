@@ -33,7 +33,7 @@ from makd_llm.testing.faults import (
     resumed,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 Make = Callable[..., Case]
 Note = Callable[[Row], None]
