@@ -98,7 +98,7 @@ def joined() -> Iterator[None]:
             f"rank {rank()} of {world_size()} has lost the others: no answer within "
             f"{collective_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}), or a connection "
             "that broke; what was saved stands, and the same command goes on from it "
-            f"[{str(error).splitlines()[0]}]"
+            f"({str(error).splitlines()[0]})"
         ) from error
     finally:
         shutdown()
