@@ -120,7 +120,9 @@ def submit(
         at_once=at_once,
     )
     script = render(job)
-    _check_runs(ds, configs, overrides or [], preset, nodes * job.ranks)
+    # DeepSpeed says that a login node has no GPU, and says it where the script is to go.
+    with redirect_stdout(io.StringIO()):
+        _check_runs(ds, configs, overrides or [], preset, nodes * job.ranks)
     if dry_run:
         print(script, end="")
         return
@@ -145,10 +147,7 @@ def _check_runs(
 ) -> None:
     """What is wrong with a run is said here, and not after a night in the queue."""
     from makd_llm.config import load_config
-
-    # DeepSpeed says that a login node has no GPU, and says it where the script is to go.
-    with redirect_stdout(io.StringIO()):
-        from makd_llm.train.deepspeed_config import read_deepspeed_config, training_config
+    from makd_llm.train.deepspeed_config import read_deepspeed_config, training_config
 
     deepspeed = read_deepspeed_config(ds)
     named = [] if preset is None else [f"distil.preset={preset}"]

@@ -108,7 +108,7 @@ def disconnected(error: RuntimeError) -> Disconnected:
         f"rank {rank()} of {world_size()} has lost the others: no answer within "
         f"{collective_timeout().total_seconds():g} s ({TIMEOUT_VARIABLE}), or a connection that "
         "broke, as where a rank is killed; what was saved stands, and the same command goes on "
-        f"from it [{str(error).splitlines()[0]}]"
+        f"from it ({str(error).splitlines()[0]})"
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from makd_llm import distributed
-from makd_llm.errors import UserError
+from makd_llm.errors import Disconnected, UserError
 from makd_llm.testing import launch_ranks, run_on_ranks
 
 
@@ -153,3 +153,52 @@ def test_operators_are_compiled_by_the_environments_own_tools(
     assert ninja is not None
     assert Path(ninja).parent == Path(sysconfig.get_path("scripts"))
     assert distributed.compiler_environment() == {}, "what is set is kept"
+
+
+def test_the_time_a_rank_waits_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAKD_COLLECTIVE_TIMEOUT", raising=False)
+    assert distributed.collective_timeout().total_seconds() == 3600
+    monkeypatch.setenv("MAKD_COLLECTIVE_TIMEOUT", "90.5")
+    assert distributed.collective_timeout().total_seconds() == 90.5
+    for wrong in ("soon", "0", "-3", "nan", "inf", ""):
+        monkeypatch.setenv("MAKD_COLLECTIVE_TIMEOUT", wrong)
+        with pytest.raises(UserError, match="not a number of seconds from 1 to 1000000"):
+            distributed.collective_timeout()
+
+
+def goes_away() -> str:
+    """Rank 1 ends without a word; rank 0 waits for it."""
+    if distributed.rank() == 1:
+        return "gone"
+    try:
+        with distributed.joined():
+            for _ in range(1000):
+                distributed.barrier()
+    except Disconnected as lost:
+        return str(lost)
+    return "not noticed"
+
+
+def test_who_waits_for_a_rank_that_is_gone_says_so() -> None:
+    told, _ = launch_ranks(2, goes_away)
+    assert told.startswith("rank 0 of 2 has lost the others: no answer within 3600 s")
+    assert "\n" not in told
+
+
+def test_our_own_mistake_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's exceptions have no type of their own; tensors of different sizes are found by it too,
+    and are a defect, whose traceback is wanted.
+    """
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "init", lambda: None)
+    where = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:534] "
+    for words, expected in (
+        (where + "Connection closed by peer [10.0.0.2]:3022", Disconnected),
+        ("[enforce fail at /src/gloo/transport/tcp/pair.cc:446] op.nbytes. 8 vs 4", RuntimeError),
+        ("shape '[2]' is invalid for input of size 3", RuntimeError),
+    ):
+        with pytest.raises(expected) as caught, distributed.joined():
+            raise RuntimeError(words)
+        assert type(caught.value) is expected
+    with pytest.raises(Disconnected), distributed.joined():
+        raise torch.distributed.DistNetworkError("the server socket cannot listen")

@@ -64,7 +64,7 @@ class Slurm:
         (found,) = self.folder.glob(f"*-{job}.log")
         return found.read_text()
 
-    def wait_for(self, job: str, state: str, timeout: float = 240) -> dict[str, str]:
+    def wait_for(self, job: str, state: str, timeout: float = 600) -> dict[str, str]:
         """Until a job is in this state. Fails where it ends in another."""
         deadline = time.monotonic() + timeout
         while (about := self.about(job))["JobState"] != state:
@@ -203,7 +203,7 @@ student: {{rank_multiple: 4, calibration_records: 8, calibration_batch: 4}}
 distil:
   weights: balanced
   balance: {{every: 3}}
-  train: {{steps: 30, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 5}}
+  train: {{steps: 20, batch_size: 4, learning_rate: 1.0e-3, checkpoint_every: 4}}
 evaluation: {{records: 8, generate_records: 4, max_new_tokens: 4, batch_size: 2}}
 """)
     return path

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from makd_llm import distributed
 from makd_llm.testing import environment_alone
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT = 20
@@ -114,12 +114,12 @@ def test_a_cut_cable_ends_every_rank_and_the_resumed_run_equals_an_uninterrupted
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     call = (str(CHECKOUT / "train.py"), "--ds", str(CHECKOUT / "ds_configs" / "zero3.json"))
     call += ("--config", str(config))
-    for code, _, errors in ended(hosts.start(*call, f"run_dir={whole}"), 200):
+    for code, _, errors in ended(hosts.start(*call, f"run_dir={whole}"), 400):
         assert code == 0, errors
 
     ranks = hosts.start(*call, f"run_dir={broken}")
-    deadline = time.monotonic() + 200
-    while 12 not in steps_of(broken):
+    deadline = time.monotonic() + 400
+    while 10 not in steps_of(broken):
         assert all(rank.poll() is None for rank in ranks), ended(ranks, 20)
         assert time.monotonic() < deadline, "the run does not come to its steps"
         time.sleep(0.02)
@@ -136,17 +136,17 @@ def test_a_cut_cable_ends_every_rank_and_the_resumed_run_equals_an_uninterrupted
     with capsys.disabled():
         print(f"\nthe cable was cut; all ranks had ended {took:.1f} s later, with exit code 74:")
         print("\n".join(last))
-    assert max(steps_of(broken)) < 30
+    assert max(steps_of(broken)) < 20
 
     hosts.cable("up")
-    for number, (code, _, errors) in enumerate(ended(hosts.start(*call, f"run_dir={broken}"), 200)):
+    for number, (code, _, errors) in enumerate(ended(hosts.start(*call, f"run_dir={broken}"), 400)):
         assert code == 0, errors
         assert number or "distil: resumed at step" in errors
     for name in ("teacher", "factorized", "student"):
         ours, theirs = (load_file(run / name / "model.safetensors") for run in (whole, broken))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert steps_of(whole) == steps_of(broken) and len(steps_of(whole)) == 30
+    assert steps_of(whole) == steps_of(broken) and len(steps_of(whole)) == 20
     for name in ("evaluation.json", "samples.jsonl"):
         assert (whole / name).read_text() == (broken / name).read_text()
 
