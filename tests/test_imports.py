@@ -31,6 +31,7 @@ COMPOSERS = (
     "makd_llm.teacher_summaries",
     "makd_llm.cli",
     "makd_llm.cli_generate",
+    "makd_llm.planning",
     "makd_llm.testing",
 )
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
@@ -52,6 +53,7 @@ SEEN_ONLY_BY = {
         "makd_llm.teacher_summaries",
         "makd_llm.cli",
         "makd_llm.cli_generate",
+        "makd_llm.planning",
         "makd_llm.checks",
         "makd_llm.testing",
         *BUILDERS,

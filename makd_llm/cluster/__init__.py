@@ -1,0 +1,1 @@
+"""Many machines: what a run needs there."""
