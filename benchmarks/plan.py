@@ -3,18 +3,19 @@
     python benchmarks/plan.py            (CPU processes; about 20 minutes on 2 cores)
     ... --only "smollm2 2 ranks"         (some cases, by a part of their names)
 
-Every case is a distillation on DeepSpeed's engines with random weights, in processes of its own:
-steps that come to rest (ZeRO-3 gathers ahead from the second step on), then two that are measured,
-the optimizer's part included. Memory is the resident memory of the process at its largest, less a
-baseline: the same process after two steps of a tiny model on the same engines, so that code and
-libraries are in it. Freed buffers are given back at once (MALLOC_MMAP_THRESHOLD_), as the planner
-counts tensors that are alive and not what glibc keeps for later. Messages are the bytes that
-DeepSpeed's comms logger counts on a rank in a step.
+Every case is a distillation on DeepSpeed's engines with random weights, in processes of its own: a
+step that makes the optimizer's states, then one that is measured (on several ranks two: ZeRO-3
+gathers ahead from the second step on), the optimizer's part included. Memory is the resident memory
+of the process at its largest, less a baseline: the same process after two steps of a tiny model on
+the same engines, so that code and libraries are in it. Freed buffers are given back at once
+(MALLOC_MMAP_THRESHOLD_), as the planner counts tensors that are alive and not what glibc keeps for
+later. Messages are the bytes that DeepSpeed's comms logger counts on a rank in a step.
 
 Writes results/plan_cpu.csv and results/plan_traffic_cpu.csv.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -76,23 +77,24 @@ class Case:
 
     @property
     def name(self) -> str:
-        said = f"{self.model} {self.ranks} ranks {self.length} {self.ds} {self.preset}"
+        tokens = f"{self.records} x {self.length}"
+        said = f"{self.model} {self.ranks} ranks {tokens} {self.ds} {self.preset}"
         return said + (" checkpointed" if self.checkpointing else "")
 
 
 CASES = (
     Case("smollm2", 1, 512),
-    Case("smollm2", 2, 512),
     Case("wide", 1, 256),
-    Case("wide", 2, 1024),
+    Case("smollm2", 2, 256, records=1),
+    Case("wide", 2, 1024, records=1),
     Case("smollm2", 1, 512, checkpointing=True),
-    Case("smollm2", 2, 128),
-    Case("wide", 2, 1024, checkpointing=True),
-    Case("wide", 1, 1024),
+    Case("wide", 2, 1024, checkpointing=True, records=1),
+    Case("smollm2", 2, 512, records=1),
     Case("wide", 2, 256, ds="zero2.json"),
     Case("wide", 2, 256, ds="zero1.json"),
-    Case("smollm2", 1, 512, preset="kd"),
     Case("wide", 2, 256, ds="zero3_hpz.json"),
+    Case("wide", 1, 1024),
+    Case("smollm2", 1, 512, preset="kd"),
 )
 
 
@@ -105,22 +107,30 @@ def main() -> None:
     if arguments.measure:
         measure(Case(**json.loads(arguments.measure)), arguments.folder)
         return
-    rows: list[dict[str, Any]] = []
-    messages: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="makd-plan-") as scratch:
         for case in CASES:
             if arguments.only in case.name:
-                run(case, Path(scratch), rows, messages)
-                if not arguments.only:
-                    write(rows, RESULTS / "plan_cpu.csv")
-                    if messages:
-                        write(messages, RESULTS / "plan_traffic_cpu.csv")
+                row, messages = run(case, Path(scratch))
+                merge([row], RESULTS / "plan_cpu.csv")
+                merge(messages, RESULTS / "plan_traffic_cpu.csv")
 
 
-def run(
-    case: Case, scratch: Path, rows: list[dict[str, Any]], messages: list[dict[str, Any]]
-) -> None:
-    """Plans and measures a case; adds to the tables, and prints."""
+def merge(rows: list[dict[str, Any]], path: Path) -> None:
+    """Puts rows into a table, in the place of what it has of the same case."""
+    kept: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            kept = list(csv.DictReader(file))
+    names = {row["case"] for row in rows}
+    kept = [row for row in kept if row["case"] not in names] + rows
+    order = [case.name for case in CASES]
+    kept.sort(key=lambda row: order.index(row["case"]) if row["case"] in order else len(order))
+    if kept:
+        write(kept, path)
+
+
+def run(case: Case, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Plans and measures a case, and prints: its row, and one for each collective."""
     from makd_llm.cluster.memory import memory_of
     from makd_llm.cluster.traffic import traffic_of
     from makd_llm.planning import build_job
@@ -153,8 +163,8 @@ def run(
         "in_all_MB": f"{max(rank['peak_MB'] for rank in found):.0f}",
         **where("cpu"),
     }
-    rows.append(row)
     print({key: row[key] for key in list(row)[:7]}, flush=True)
+    messages = []
     for collective, logged in sorted(found[0]["logged"].items()) if case.ranks > 1 else ():
         told = sum(m.logged for m in traffic_of(job) if m.collective == collective)
         messages.append(
@@ -168,6 +178,7 @@ def run(
             }
         )
         print({key: messages[-1][key] for key in list(messages[-1])[:5]}, flush=True)
+    return row, messages
 
 
 def deepspeed(case: Case) -> dict[str, Any]:
@@ -233,7 +244,7 @@ def measure(case: Case, scratch: Path) -> None:
     distributed.init()
     steps(Case("tiny", case.ranks, 64, case.checkpointing, case.ds, case.preset), scratch, 2)
     baseline = Peak(distributed.device()).before
-    found = steps(case, scratch, 3)
+    found = steps(case, scratch, 3 if case.ranks > 1 else 2)
     found["baseline_MB"] = baseline
     path = scratch / f"rank{distributed.rank()}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
@@ -241,7 +252,7 @@ def measure(case: Case, scratch: Path) -> None:
 
 
 def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
-    """Trains so many steps; the peak of the last two, and the messages of the last."""
+    """Trains so many steps; the peak from the second on, and the messages of the last."""
     import torch
     from deepspeed.comm.comm import comms_logger
 
@@ -283,7 +294,7 @@ def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
     torch.manual_seed(distributed.rank())
     peak = None
     for step in range(count):
-        if step == count - 2:
+        if step == 1:
             peak = Peak(distributed.device())
         if step == count - 1:
             comms_logger.reset_data()
