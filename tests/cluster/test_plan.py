@@ -133,10 +133,11 @@ def test_offload_moves_and_loses_nothing(job: Job) -> None:
 
 
 def test_the_largest_batch_is_the_largest(job: Job) -> None:
-    most = largest_batch(job, H100)
+    h200 = MACHINES["h200"]
+    most = largest_batch(job, h200)
     assert most > 1
-    assert fits(replace(job, micro_batch=most), H100)
-    assert not fits(replace(job, micro_batch=most + 1), H100)
+    assert fits(replace(job, micro_batch=most), h200)
+    assert not fits(replace(job, micro_batch=most + 1), h200)
 
 
 def test_advice_is_one_change_that_helps(job: Job) -> None:
