@@ -97,6 +97,11 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["generate", "m", "--data", "d", "--out", "o", "--endpoint", "host"], "no URL of a"),
         (["generate", "m", "--data", "d", "--out", "o", "--ds", "none.json"], "none.json: no such"),
         (["generate", "m", "--data", "d", "--out", "o", "data.x=1"], "unknown key data.x"),
+        (["plan", "--teacher", "nowhere", "--ds", ZERO3], "nowhere: no model folder and no"),
+        (["plan", "--teacher", "x", "--ds", ZERO3, "--gpu", "tpu"], "--gpu tpu: not one of h100"),
+        (["plan", "--teacher", "x", "--ds", ZERO3, "--flops", "0"], "--flops 0: expected more"),
+        (["plan", "--teacher", "x", "--ds", ZERO3, "--nodes", "0"], "start at 1"),
+        (["plan", "--teacher", "x", "--ds", ZERO3, "--batch", "7"], "batch size 7 is not"),
         (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
         (["export", "nowhere", "out", "--merge"], "nowhere"),
         (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),
@@ -259,5 +264,5 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    names = ("train", "sft", "factorize", "generate", "evaluate", "export", "slurm")
+    names = ("train", "factorize", "generate", "plan", "evaluate", "export", "slurm")
     assert all(name in printed for name in names)

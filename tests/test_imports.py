@@ -34,6 +34,7 @@ COMPOSERS = (
     "makd_llm.cli",
     "makd_llm.cli_generate",
     "makd_llm.cli_slurm",
+    "makd_llm.planning",
     "makd_llm.testing",
 )
 BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
@@ -56,6 +57,7 @@ SEEN_ONLY_BY = {
         "makd_llm.cli",
         "makd_llm.cli_generate",
         "makd_llm.cli_slurm",
+        "makd_llm.planning",
         "makd_llm.checks",
         "makd_llm.testing",
         *BUILDERS,

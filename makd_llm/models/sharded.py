@@ -44,9 +44,15 @@ def load_sharded(
         stack.enter_context(no_init_weights())
         if stage == 3:
             import deepspeed
+            from deepspeed.utils import groups
 
             stack.enter_context(
-                deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype)
+                deepspeed.zero.Init(
+                    config_dict_or_path=deepspeed_config,
+                    dtype=dtype,
+                    # ZeRO++'s group (hpZ) is there once, also where a second model is loaded.
+                    zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+                )
             )
         model = model_class_for(config)._from_config(
             config, dtype=dtype, attn_implementation=attention_of(config)

@@ -1,0 +1,169 @@
+"""What a forward keeps for its backward, and what the objectives have captured, in bytes per token.
+
+A tensor is kept where autograd needs it for a gradient, and counted once however many operations
+keep it. The rules below are read from the layers of transformers 5; tests/cluster holds them
+against what autograd keeps in a real layer of every family. Attention is the fused kernel, which
+keeps queries, keys, values, its output and one fp32 number per head, and no T x T map.
+"""
+# D width, Q outputs of q, G outputs of k, F neurons, R ranks of a layer's matrices
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from makd_llm.cluster.sizes import Sizes
+from makd_llm.shown import Needs
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a family's layer is built.
+
+    Attributes:
+        norm: "rms" computes in fp32 and returns to the weights' dtype before it is scaled, "rms32"
+            after; "layer" is torch's fused layer norm, which keeps its input as it is.
+        norms: of a layer's stream. parallel: all of them read the same one.
+        head_norms: queries and keys are normed too, by head or whole.
+        rotary: queries and keys are turned, so that attention keeps other tensors than the
+            matrices' outputs.
+        fused: values are a part of one module's outputs, all of which stay with them.
+        copied: the attention's output is copied before `o` reads it.
+        repeated: keys are repeated for all heads.
+    """
+
+    norm: Literal["rms", "rms32", "layer"] = "rms"
+    norms: int = 2
+    parallel: bool = False
+    head_norms: Literal["", "heads", "whole"] = ""
+    rotary: bool = True
+    fused: bool = False
+    copied: bool = False
+    repeated: bool = False
+
+
+RULES: dict[str, Rules] = {
+    "llama": Rules(),
+    "qwen2": Rules(),
+    "qwen3": Rules(head_norms="heads"),
+    "mistral": Rules(),
+    "gemma": Rules("rms32"),
+    "gemma3_text": Rules("rms32", norms=4, head_norms="heads"),
+    "olmo2": Rules("rms32", head_norms="whole"),
+    "phi3": Rules(fused=True, copied=True),
+    "opt": Rules("layer", rotary=False),
+    "gpt_neox": Rules("layer", parallel=True, fused=True, copied=True),
+    "falcon": Rules("layer", parallel=True, fused=True, copied=True, repeated=True),
+    "gpt2": Rules("layer", rotary=False),
+}
+
+# Tensors of F features that an activation keeps beside its result.
+_ACTIVATION_KEEPS = {"gelu_new": 4, "relu": 0}
+
+
+def layer_keeps(sizes: Sizes, weight: int, layer: int) -> int:
+    """Bytes per token that one decoder layer keeps for the backward.
+
+    With c bytes a weight: two inputs of matrices 2 D c; each norm its fp32 input 4 D and the normed
+    stream (D c, or 4 D); attention (2 Q + 2 G) c and 4 bytes a head; the feed-forward part F c each
+    for the gate, its activation, the up projection and their product (without a gate: what the
+    activation keeps, and its result); and R c for the narrow product of every factored matrix.
+    """
+    rules, c = RULES[sizes.family], weight
+    query, key = sizes.query, sizes.key_value
+    total = 2 * sizes.width * c
+    streams = 1 if rules.parallel else rules.norms
+    if rules.norm == "layer":
+        total += streams * sizes.width * c + rules.norms * 2 * c
+    else:
+        normed = c if rules.norm == "rms" else 4
+        total += rules.norms * (sizes.width * (4 + normed) + 4)
+        if rules.head_norms:
+            each = sizes.heads + sizes.heads * key // query if rules.head_norms == "heads" else 2
+            total += (query + key) * (4 + normed) + 4 * each
+    total += 2 * (query + key) * c + 4 * sizes.heads
+    total += rules.fused * (query + key) * c + rules.copied * query * c
+    total += rules.repeated * (query - key) * c
+    inside = _ACTIVATION_KEEPS.get(sizes.activation, 1)
+    total += (inside + (3 if sizes.gated else 1)) * sizes.neurons * c
+    return total + sizes.ranks[layer] * c
+
+
+def layer_works(sizes: Sizes, weight: int) -> int:
+    """Bytes per token that live for a moment while a layer works, forward or backward: the stream
+    and its normed copy, and three tensors as wide as the feed-forward part.
+    """
+    return (2 * sizes.width + 3 * sizes.neurons) * weight
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Bytes per token of what objectives look at.
+
+    teacher: what the teacher's forward leaves. student: what the student's leaves beyond what its
+    backward keeps in any case; student_whole: all of it (checkpointed layers keep nothing else).
+    compared: what the comparisons keep for the backward, in the place of all that.
+    """
+
+    teacher: int = 0
+    student: int = 0
+    student_whole: int = 0
+    compared: int = 0
+
+
+def captured(
+    student_needs: Needs, teacher_needs: Needs, student: Sizes, teacher: Sizes, weight: int
+) -> Captured:
+    """What the objectives' needs come to.
+
+    A squared error, a cosine and a relation keep one tensor of what they compare; an attention
+    divergence keeps the gradients of the student's queries and keys.
+    """
+    whole = _shown(student_needs, student)
+    kept = _kept_anyway(student_needs, student, weight)
+    needs = student_needs
+    compared = len(needs.hidden) * student.width
+    compared += len(needs.attention) * (student.query + student.key_value)
+    for _, role in needs.matrix | needs.fed | needs.plain:
+        compared += student.outputs(role)
+    compared += len(needs.again) * 3 * student.width
+    # a layer that runs again keeps what every layer keeps
+    again = sum(layer_keeps(student, weight, layer) for layer, _ in needs.again)
+    return Captured(
+        teacher=_shown(teacher_needs, teacher) * weight,
+        student=(whole - kept) * weight + again,
+        student_whole=whole * weight + again,
+        compared=compared * weight + again,
+    )
+
+
+def _shown(needs: Needs, sizes: Sizes) -> int:
+    """Numbers per token that a capture of these needs holds, each tensor once."""
+    # the input of a layer is the output of the one before
+    streams = set(needs.hidden) | {layer - 1 for layer in needs.layer_input}
+    total = len(streams) * sizes.width
+    total += len(needs.attention) * (sizes.query + sizes.key_value)
+    total += sum(sizes.outputs(role) for _, role in needs.matrix | needs.plain)
+    total += sum(sizes.outputs(role) for _, role in needs.fed)
+    total += len(needs.again) * sizes.width
+    return total + (_inputs(needs.matrix, sizes) if needs.matrix_input else 0)
+
+
+def _inputs(matrices: Collection[tuple[int, str]], sizes: Sizes) -> int:
+    """Numbers per token of the matrices' inputs; q k v share one, gate and up another."""
+    read = {(layer, {"k": "q", "v": "q", "up": "gate"}.get(role, role)) for layer, role in matrices}
+    return sum(sizes.inputs(role) for _, role in read)
+
+
+def _kept_anyway(needs: Needs, sizes: Sizes, weight: int) -> int:
+    """Of what a capture of the student shows, numbers per token that its backward keeps as well."""
+    rules = RULES[sizes.family]
+    # a norm keeps an fp32 copy: the stream itself only where that is fp32
+    stream = sizes.width if rules.norm == "layer" or weight == 4 else 0
+    total = len(needs.hidden) * stream
+    total += len(needs.attention) * (sizes.query + sizes.key_value)
+    kept = {"v", "gate", "up"} if sizes.gated else {"v"}
+    if not sizes.gated and _ACTIVATION_KEEPS.get(sizes.activation, 1):
+        kept.add("up")
+    if not rules.rotary:
+        kept |= {"q", "k"}
+    return total + sum(sizes.outputs(role) for _, role in needs.matrix if role in kept)

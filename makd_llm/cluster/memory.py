@@ -1,0 +1,214 @@
+"""Memory of a rank, part by part, at the moments of a step at which it may be largest.
+
+A step has these moments; the largest of them is the peak:
+
+- *teacher*: the end of the teacher's forward: what was captured is all there;
+- *student*: the student's forward begins: its weights come together;
+- *head*: the head compares both models' logits, while all that the forward keeps is there;
+- *backward*: the backward begins;
+- *reduction*: the last gradients are reduced, after all that was kept is gone;
+- *update*: the optimizer's step.
+
+All numbers are bytes of one rank, of tensors that are alive; an allocator's gaps are not among
+them. docs/plan.md has each formula with what it assumes.
+"""
+# N tokens of a rank and forward, n tokens whose logits are made together, V vocabulary, D width
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from makd_llm.cluster.activations import layer_keeps, layer_works
+from makd_llm.cluster.job import Job
+from makd_llm.cluster.sizes import Sizes
+
+MOMENTS = ("teacher", "student", "head", "backward", "reduction", "update")
+MASTER, MOMENTS_OF_ADAM = 4, 8
+"""Bytes of a parameter's fp32 copy, and of its two fp32 moments."""
+
+# As makd_kernels.linear_divergence has them: logits of both models that are held at once, and the
+# tiles in which torch reduces them (Triton needs none).
+CHUNK_CPU, CHUNK_OTHER, TILES_CPU = 2**27, 2**30, 4 * 2**20
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank: on its device by moment and part, in host memory, and on NVMe."""
+
+    device: Mapping[str, Parts]
+    host: Parts
+    disk: Parts
+
+    @property
+    def moment(self) -> str:
+        """When the device's memory is largest."""
+        return max(self.device, key=self.at)
+
+    def at(self, moment: str) -> int:
+        """On the device at a moment."""
+        return sum(self.device[moment].values())
+
+    @property
+    def peak(self) -> int:
+        """On the device at the largest moment."""
+        return self.at(self.moment)
+
+
+def memory_of(job: Job) -> Memory:
+    """The memory of a rank of a job."""
+    held, host, disk = _held(job)
+    moments: dict[str, Parts] = {}
+    student, captured, tokens = job.student, job.captured, job.tokens
+    weight = job.sharding.weight
+    kept = _kept(job)
+    rows = 3 * job.rows * student.width * weight
+    if job.teacher is not None:
+        moments["teacher"] = {
+            "teacher gathered": _gathered(job, job.teacher, prefetching=True),
+            "captured states": captured.teacher * tokens,
+            "activations": (job.teacher.width * weight + layer_works(job.teacher, weight)) * tokens,
+        }
+    teacher_states = captured.teacher * tokens
+    if job.teacher is not None:
+        teacher_states += job.teacher.width * weight * tokens  # its last hidden states
+    moments["student"] = {
+        "student gathered": _gathered(job, student, prefetching=True),
+        "captured states": teacher_states,
+        "activations": layer_works(student, weight) * tokens,
+    }
+    of_student = captured.student_whole if job.checkpointing else captured.student
+    moments["head"] = {
+        "teacher gathered": _teacher_head(job),
+        "student gathered": _gathered(job, student),
+        "captured states": teacher_states + of_student * tokens,
+        "activations": kept,
+        "logits": _logits(job) + rows,
+        "head gradient": _head_gradient(job, largest=True),
+    }
+    again = layer_keeps(student, weight, 0) if job.checkpointing else 0
+    last_states = teacher_states - captured.teacher * tokens
+    reduced = min(job.sharding.reduce_bucket, student.numbers) * job.sharding.message
+    fills = student.numbers > job.sharding.reduce_bucket
+    moments["backward"] = {
+        "student gathered": _gathered(job, student),
+        "captured states": last_states + captured.compared * tokens,
+        "activations": kept + (again + layer_works(student, weight)) * tokens,
+        "logits": rows // 3,
+        "head gradient": _head_gradient(job, largest=False),
+        "gradient messages": reduced if fills else 0,
+    }
+    moments["reduction"] = {"captured states": last_states, "gradient messages": reduced}
+    moments["update"] = {"optimizer's work": _update(job)}
+    return Memory({name: {**held, **parts} for name, parts in moments.items()}, host, disk)
+
+
+def _held(job: Job) -> tuple[Parts, Parts, Parts]:
+    """What stays between steps: on the device, in host memory, on NVMe."""
+    sharding, student = job.sharding, job.student
+    device: Parts = {}
+    host: Parts = {}
+    disk: Parts = {}
+    places = {"none": device, "cpu": device if job.on_cpu else host, "nvme": disk}
+    for name, sizes in (("teacher", job.teacher), ("student", student)):
+        if sizes is None:
+            continue
+        if sharding.stage < 3:
+            device[f"{name} weights"] = sizes.numbers * sharding.weight
+            continue
+        shard = sizes.shard(job.ranks) * sharding.weight
+        places[sharding.parameters][f"{name} weights"] = shard
+        if job.gathers:
+            device[f"{name} gathered"] = sizes.small(sharding.persist) * sharding.weight
+        if sharding.secondary > 1 and name == "teacher":
+            device[f"{name} second copy"] = sizes.shard(sharding.secondary) * sharding.weight
+        if sharding.parameters == "nvme":
+            host[f"{name} swap buffers"] = sharding.swap_bytes
+    if sharding.secondary > 1:
+        device["student second copy"] = student.shard(sharding.secondary) * sharding.weight
+    part = student.shard(job.ranks) if sharding.stage == 3 else -(-student.numbers // job.ranks)
+    place = places[sharding.optimizer]
+    place["fp32 weights"] = part * MASTER
+    place["Adam's moments"] = part * MOMENTS_OF_ADAM
+    near = device if sharding.optimizer == "none" or job.on_cpu else host
+    near["gradients"] = part * sharding.gradient
+    if sharding.optimizer == "cpu":
+        place["fp32 gradients"] = part * 4
+    if sharding.optimizer == "nvme":
+        disk["fp32 gradients"] = part * 4
+        # a sub-group's weights, gradients and two moments at a time
+        near["swap buffers"] = near.get("swap buffers", 0) + 16 * min(part, sharding.sub_group)
+    bucket = sharding.reduce_bucket * sharding.buckets
+    if job.on_cpu:  # memory that nobody has written to is no memory there
+        bucket = min(sharding.reduce_bucket, student.numbers) if sharding.buckets else 0
+    device["gradient bucket"] = bucket * sharding.message
+    return device, host, disk
+
+
+def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False) -> int:
+    """Whole weights beside the shards.
+
+    DeepSpeed gathers ahead, a prefetch bucket more with every module, until `live` numbers are
+    whole, and keeps what is used again soon. A bucket under way is there twice: as it came, and cut
+    into tensors.
+    """
+    if not job.gathers:
+        return 0
+    sharding = job.sharding
+    small = sizes.small(sharding.persist)
+    large = sizes.numbers - small
+    whole = min(large, sharding.live)
+    twice = min(large, sharding.prefetch) if prefetching else 0
+    return (small + whole + twice) * sharding.weight
+
+
+def _teacher_head(job: Job) -> int:
+    """Whole while the student's head runs, and a copy also where a rank is alone."""
+    if job.teacher is None or job.sharding.stage < 3 or not job.compared:
+        return 0
+    sharding = job.sharding
+    small = job.teacher.small(sharding.persist) if job.gathers else 0
+    return (small + job.teacher.vocabulary * job.teacher.width) * sharding.weight
+
+
+def _kept(job: Job) -> int:
+    """What the student's forward keeps for its backward, captured states apart."""
+    sizes, weight = job.student, job.sharding.weight
+    final = sizes.width * (4 + 2 * weight)  # the last norm, and its result
+    if job.checkpointing:
+        return (sizes.layers * sizes.width * weight + final) * job.tokens
+    layers = sum(layer_keeps(sizes, weight, layer) for layer in range(sizes.layers))
+    return (layers + final) * job.tokens
+
+
+def chunk_rows(job: Job) -> int:
+    """Tokens whose logits are made together: as many as the budget holds, spread evenly."""
+    row = job.student.vocabulary * job.sharding.weight * (2 if job.compared else 1)
+    most = max(1, (CHUNK_CPU if job.on_cpu else CHUNK_OTHER) // row)
+    return -(-job.rows // -(-job.rows // most))
+
+
+def _logits(job: Job) -> int:
+    logits = chunk_rows(job) * job.student.vocabulary * job.sharding.weight
+    return logits * (2 if job.compared else 1) + (TILES_CPU if job.on_cpu else 0)
+
+
+def _head_gradient(job: Job, *, largest: bool) -> int:
+    """V D of it: in the weights' dtype when it is done; while several chunks of half precision add
+    up, also a sum in fp32 and a chunk's share.
+    """
+    numbers, weight = job.student.vocabulary * job.student.width, job.sharding.weight
+    several = weight < 4 and chunk_rows(job) < job.rows
+    return numbers * (4 + 2 * weight if largest and several else weight)
+
+
+def _update(job: Job) -> int:
+    """Temporaries of the optimizer: fp32 gradients, and what torch's Adam makes of the moments."""
+    sharding = job.sharding
+    if sharding.optimizer != "none":
+        return 0
+    part = -(-job.student.numbers // job.ranks)
+    if sharding.stage == 3:
+        part = min(job.student.shard(job.ranks), sharding.sub_group)
+    work = 0 if sharding.fused else 8 if job.on_cpu else 4
+    return part * (4 + work)

@@ -1,0 +1,101 @@
+"""Messages of an optimizer step, by collective.
+
+`payload` is the size of the whole tensor that a collective brings together or reduces. Over the
+wire every rank sends (W - 1) / W of it for an all-gather or a reduce-scatter, and twice that for an
+all-reduce (rings; W ranks). DeepSpeed's comms logger counts the tensor that a rank hands over: the
+shard of an all-gather, the whole of the others.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from makd_llm.cluster.job import Job
+from makd_llm.cluster.sizes import Sizes
+
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One kind of traffic of a rank in an optimizer step.
+
+    Attributes:
+        what, moment: what travels, and in which part of the step.
+        collective: how.
+        payload: bytes of the whole tensors.
+        ranks: among how many ranks.
+        near: within a machine.
+    """
+
+    what: str
+    moment: Literal["teacher", "forward", "backward", "update"]
+    collective: Collective
+    payload: int
+    ranks: int
+    near: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends."""
+        times = 2 if self.collective == "all_reduce" else 1
+        return times * self.payload * (self.ranks - 1) / self.ranks
+
+    @property
+    def logged(self) -> int:
+        """Bytes as DeepSpeed's comms logger counts them on a rank."""
+        return self.payload // self.ranks if self.collective == "all_gather" else self.payload
+
+
+def traffic_of(job: Job) -> list[Message]:
+    """What a rank sends in one optimizer step; nothing where it is alone.
+
+    ZeRO-3: the teacher's weights come together once in each forward, its head once more for the
+    student's; the student's in the forward, and in the backward again but for what was kept
+    because it is used again within `reuse` numbers (half of them before the turn, half after it);
+    gradients are reduced to their owners once per micro-batch; small tensors, which stay whole,
+    come together after each step. ZeRO++'s second copy serves the student's backward, and all
+    forwards of the teacher, whose weights do not change.
+
+    ZeRO-1 and 2: gradients are all-reduced (ZeRO-1 once per step), and weights come together after
+    it.
+    """
+    if job.ranks == 1:
+        return []
+    sharding, student = job.sharding, job.student
+    everywhere = (job.ranks, job.nodes == 1)
+    if sharding.stage < 3:
+        times = job.accumulation if sharding.stage == 2 else 1
+        gradients, weights = student.numbers * sharding.message, student.numbers * sharding.weight
+        return [
+            Message("gradients", "backward", "all_reduce", times * gradients, *everywhere),
+            Message("student weights", "update", "all_gather", weights, *everywhere),
+        ]
+    second = everywhere
+    if sharding.secondary > 1:
+        second = (sharding.secondary, sharding.secondary <= job.gpus)
+    found = []
+    times = job.accumulation
+    if job.teacher is not None:
+        weights = times * _large(job, job.teacher)
+        found.append(Message("teacher weights", "teacher", "all_gather", weights, *second))
+        if job.compared:
+            head = times * job.teacher.vocabulary * job.teacher.width * sharding.weight
+            found.append(Message("teacher head", "forward", "all_gather", head, *second))
+    weights = _large(job, student)
+    kept = min(sharding.reuse // 2, sharding.live) * sharding.weight
+    again = max(0, weights - kept)
+    gradients = job.ranks * student.shard(job.ranks) * sharding.message
+    small = student.small(sharding.persist) * sharding.weight
+    found += [
+        Message("student weights", "forward", "all_gather", times * weights, *everywhere),
+        Message("student weights again", "backward", "all_gather", times * again, *second),
+        Message("gradients", "backward", "reduce_scatter", times * gradients, *everywhere),
+        Message("small weights", "update", "all_gather", small, *everywhere),
+    ]
+    return [message for message in found if message.payload]
+
+
+def _large(job: Job, sizes: Sizes) -> int:
+    """Bytes of the tensors that are gathered when they are used, padded to the ranks."""
+    large = (n for n in sizes.tensors if n > job.sharding.persist)
+    return sum(-(-n // job.ranks) for n in large) * job.ranks * job.sharding.weight

@@ -1,0 +1,67 @@
+"""What the planner says a layer keeps, against what autograd keeps in a real one."""
+
+import pytest
+import torch
+
+from makd_llm.cluster.activations import RULES, layer_keeps
+from makd_llm.cluster.sizes import sizes_of, student_config
+from makd_llm.models.capture import attention_of
+from makd_llm.models.families import FAMILIES
+from makd_llm.models.modeling_lowrank import model_class_for
+from makd_llm.models.sharded import _without_dropout
+from makd_llm.testing import tiny_config
+
+TOKENS = 64
+
+
+def kept_bytes(config: object, dtype: torch.dtype) -> int:
+    """What the backbone's forward keeps beside its parameters, each tensor once."""
+    made = (
+        model_class_for(config)
+        ._from_config(  # type: ignore[arg-type]
+            config,
+            dtype=dtype,
+            attn_implementation=attention_of(config),  # type: ignore[arg-type]
+        )
+        .train()
+    )
+    own = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    family = FAMILIES[made.config.model_type.removeprefix("makd_")]
+    backbone = made.get_submodule(family.backbone)
+    ids = torch.randint(1, 40, (1, TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    assert result.grad_fn is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", list(RULES))
+def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype) -> None:
+    totals, sizes = [], None
+    for layers in (1, 2):
+        config = _without_dropout(tiny_config(family))
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"] * layers
+        if getattr(config, "sliding_window", None):
+            config.sliding_window = 4096  # beyond a shorter one a mask is made
+        student = student_config(config, 0.6, 1)
+        sizes = sizes_of(student)
+        totals.append(kept_bytes(student, dtype))
+    assert sizes is not None
+    measured = (totals[1] - totals[0]) / TOKENS
+    assert layer_keeps(sizes, dtype.itemsize, 1) == pytest.approx(measured, rel=0.02)
+
+
+def test_every_family_that_can_be_distilled_has_rules() -> None:
+    refused = {"gemma2", *(name for name, family in FAMILIES.items() if family.experts)}
+    assert set(RULES) == set(FAMILIES) - refused
