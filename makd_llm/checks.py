@@ -147,7 +147,7 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
     if config.distil.sequences.student is not None:
         # A prompt may fill the window, and texts are written batch by batch to their full length.
         new = config.distil.sequences.student.max_new_tokens
-        longest = "data.max_length and distil.sequences.student.max_new_tokens together"
+        longest = "data.max_length + distil.sequences.student.max_new_tokens"
         windows[longest] = config.data.max_length + new
     check_windows(folder, windows)
     # Tokens added for pictures and the like may lie beyond the embedding (Gemma 3's do); these not.
@@ -167,7 +167,7 @@ def check_windows(folder: Path, windows: dict[str, int]) -> None:
     for key, window in windows.items():
         if positions is not None and window > positions:
             raise UserError(
-                f"{key}: {window}, but {folder} has only {positions} positions "
+                f"{key} is {window}, but {folder} has only {positions} positions "
                 "(max_position_embeddings); lower it"
             )
 

@@ -50,7 +50,17 @@ def test_a_validation_split_that_is_missing_is_one_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([*call(tiny, tmp_path), "data.validation_split=none"])
+        main([*call(tiny, tmp_path, "max_new_tokens=6"), "data.validation_split=none"])
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "none" in line
+    assert "'none'" in line
+
+
+def test_texts_that_would_run_past_the_models_positions_are_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*call(tiny, tmp_path, "max_new_tokens=40"), "data.max_length=96"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "distil.sequences.student.max_new_tokens is 136, but" in line
