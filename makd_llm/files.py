@@ -105,7 +105,7 @@ def is_plain_name(name: str) -> bool:
         bool(name)
         and not name.startswith(".")
         and not set(name) & {"/", "\\"}
-        and (name.isprintable())
+        and name.isprintable()
     )
 
 

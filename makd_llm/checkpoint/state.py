@@ -282,7 +282,7 @@ class _Noting:
     barriers are still to come, and the other ranks wait there.
     """
 
-    def __init__(self, engine: Any, failures: list[OSError]) -> None:
+    def __init__(self, engine: Any, failures: list[Exception]) -> None:
         self._engine, self._failures = engine, failures
 
     def __getattr__(self, name: str) -> Any:
@@ -302,9 +302,9 @@ class _Noting:
 
 
 @contextmanager
-def _noted_failures(engine: DeepSpeedEngine) -> Iterator[list[OSError]]:
+def _noted_failures(engine: DeepSpeedEngine) -> Iterator[list[Exception]]:
     """Inside, what fails to be written on this rank is added to the list."""
-    failures: list[OSError] = []
+    failures: list[Exception] = []
     own = engine.checkpoint_engine
     noting = engine.checkpoint_engine = _Noting(own, failures)
     # DeepSpeed copies a script beside the checkpoints, past its checkpoint engine.
@@ -321,7 +321,7 @@ def _noted_failures(engine: DeepSpeedEngine) -> Iterator[list[OSError]]:
             del engine._copy_recovery_script
 
 
-def _write_own(staging: Path, mine: State, failures: list[OSError]) -> None:
+def _write_own(staging: Path, mine: State, failures: list[Exception]) -> None:
     """This rank's own file, after DeepSpeed's; raises what went wrong in either."""
     if failures:
         raise failures[0]
@@ -331,13 +331,11 @@ def _write_own(staging: Path, mine: State, failures: list[OSError]) -> None:
         raise _as_os_error(error) from error
 
 
-def _as_os_error(error: Exception) -> OSError:
+def _as_os_error(error: Exception) -> Exception:
     """torch's writer says by a RuntimeError that the disk did not take something."""
-    if isinstance(error, OSError):
-        return error
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         return OSError("the disk took only a part of a file")
-    raise error
+    return error
 
 
 def _entries(staging: Path) -> dict[str, tuple[int, str]]:
