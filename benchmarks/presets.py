@@ -45,6 +45,7 @@ def main() -> None:
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = asked.results / f"presets_{device}.csv"
+    _run(asked, "kd", until="factorize")  # or the first preset's process would hold its leavings
     rows: list[dict[str, Any]] = []
     for preset in dict.fromkeys(["kd", *asked.presets]):
         row = row_of(preset, asked, rows[0] if rows else None)
@@ -56,24 +57,7 @@ def main() -> None:
 
 def row_of(preset: str, asked: argparse.Namespace, kd: dict[str, Any] | None) -> dict[str, object]:
     """One preset, run and read back. kd: the row that ratios are taken to; None: this one."""
-    given = [
-        f"run_dir={asked.run}",
-        f"distil.train.steps={asked.steps}",
-        f"distil.train.batch_size={asked.batch}",
-        *asked.overrides,
-    ]
-    # fmt: off
-    command = [
-        "deepspeed", "--num_accelerators", str(asked.ranks),
-        "--master_port", str(distributed.free_port()), str(CHECKOUT / "train.py"),
-        "--ds", str(asked.ds), "--preset", preset, "--until", "distil", *given,
-    ]
-    # fmt: on
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    took = time.monotonic() - began
-    if done.returncode:
-        sys.exit(f"presets: {preset} failed\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    took = _run(asked, preset, until="distil")
     lines = (asked.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [entry for entry in map(json.loads, lines) if entry["stage"] == "distil"]
     seconds = [entry["seconds"] for entry in steps[1:]]
@@ -92,6 +76,24 @@ def row_of(preset: str, asked: argparse.Namespace, kd: dict[str, Any] | None) ->
         "loss_last": f"{steps[-1]['loss']:.3f}",
         "command_s": f"{took:.0f}",
     }
+
+
+def _run(asked: argparse.Namespace, preset: str, *, until: str) -> float:
+    """Seconds of the command."""
+    # fmt: off
+    command = [
+        "deepspeed", "--num_accelerators", str(asked.ranks),
+        "--master_port", str(distributed.free_port()), str(CHECKOUT / "train.py"),
+        "--ds", str(asked.ds), "--preset", preset, "--until", until,
+        f"run_dir={asked.run}", f"distil.train.steps={asked.steps}",
+        f"distil.train.batch_size={asked.batch}", *asked.overrides,
+    ]
+    # fmt: on
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"presets: {preset} failed\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return time.monotonic() - began
 
 
 if __name__ == "__main__":
