@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py            (CPU processes; about 20 minutes on 2 cores)
     ... --only "smollm2 2 ranks"         (some cases, by a part of their names)
+    ... --replan                         (what was measured against the planner as it is now)
 
 Every case is a distillation on DeepSpeed's engines with random weights, in processes of its own: a
 step that makes the optimizer's states, then one that is measured (on several ranks two: ZeRO-3
@@ -62,6 +63,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+
+
 @dataclass(frozen=True)
 class Case:
     """One configuration that is planned and run."""
@@ -101,6 +105,7 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")
+    parser.add_argument("--replan", action="store_true", help="measure nothing, plan anew")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -109,13 +114,28 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="makd-plan-") as scratch:
         for case in CASES:
-            if arguments.only in case.name:
-                row, messages = run(case, Path(scratch))
-                merge([row], RESULTS / "plan_cpu.csv")
-                merge(messages, RESULTS / "plan_traffic_cpu.csv")
+            if arguments.only not in case.name:
+                continue
+            predicted = planned(case, Path(scratch))
+            if arguments.replan:
+                measured = measured_before(case)
+            else:
+                measured = measured_now(case, Path(scratch))
+            for path, names, rows in zip((MEMORY, TRAFFIC), NAMES, measured, strict=True):
+                for row in rows:
+                    told = predicted[row[names]]
+                    row["predicted_MB"] = f"{told:.2f}" if path == TRAFFIC else f"{told:.0f}"
+                    row["ratio"] = f"{told / float(row['measured_MB']):.3f}"
+                    print({key: row[key] for key in list(row)[:7]}, flush=True)
+                merge(rows, path)
 
 
-def merge(rows: list[dict[str, Any]], path: Path) -> None:
+MEMORY, TRAFFIC = RESULTS / "plan_cpu.csv", RESULTS / "plan_traffic_cpu.csv"
+NAMES = ("case", "collective")
+Rows = list[dict[str, Any]]
+
+
+def merge(rows: Rows, path: Path) -> None:
     """Puts rows into a table, in the place of what it has of the same case."""
     kept: list[dict[str, Any]] = []
     if path.is_file():
@@ -129,8 +149,8 @@ def merge(rows: list[dict[str, Any]], path: Path) -> None:
         write(kept, path)
 
 
-def run(case: Case, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Plans and measures a case, and prints: its row, and one for each collective."""
+def planned(case: Case, scratch: Path) -> dict[str, float]:
+    """MB of the peak under the case's name, and by collective."""
     from makd_llm.cluster.memory import memory_of
     from makd_llm.cluster.traffic import traffic_of
     from makd_llm.planning import build_job
@@ -149,36 +169,46 @@ def run(case: Case, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         checkpointing=case.checkpointing,
         on_cpu=True,
     )
-    memory = memory_of(job)
+    found = dict.fromkeys(COLLECTIVES, 0.0)
+    for message in traffic_of(job):
+        found[message.collective] += message.logged / 2**20
+    return {**found, case.name: memory_of(job).peak / 2**20}
+
+
+def measured_before(case: Case) -> tuple[Rows, Rows]:
+    """The rows of a case that are in the tables."""
+    found = []
+    for path in (MEMORY, TRAFFIC):
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        found.append([dict(row) for row in rows if row["case"] == case.name])
+    return found[0], found[1]
+
+
+def measured_now(case: Case, scratch: Path) -> tuple[Rows, Rows]:
+    """Runs a case: its row, and one for each collective that carries more than counts and means."""
     found = launched(case, scratch)
-    measured = max(rank["peak_MB"] - rank["baseline_MB"] for rank in found)
-    predicted = memory.peak / 2**20
     row = {
         "case": case.name,
-        "predicted_MB": f"{predicted:.0f}",
-        "measured_MB": f"{measured:.0f}",
-        "ratio": f"{predicted / measured:.3f}",
-        "largest_at": memory.moment,
+        "predicted_MB": "",
+        "measured_MB": f"{max(rank['peak_MB'] - rank['baseline_MB'] for rank in found):.0f}",
+        "ratio": "",
         "baseline_MB": f"{max(rank['baseline_MB'] for rank in found):.0f}",
         "in_all_MB": f"{max(rank['peak_MB'] for rank in found):.0f}",
         **where("cpu"),
     }
-    print({key: row[key] for key in list(row)[:7]}, flush=True)
-    messages = []
-    for collective, logged in sorted(found[0]["logged"].items()) if case.ranks > 1 else ():
-        told = sum(m.logged for m in traffic_of(job) if m.collective == collective)
-        messages.append(
-            {
-                "case": case.name,
-                "collective": collective,
-                "predicted_MB": f"{told / 2**20:.2f}",
-                "measured_MB": f"{logged / 2**20:.2f}",
-                "ratio": f"{told / logged:.3f}" if logged else "",
-                **where("cpu"),
-            }
-        )
-        print({key: messages[-1][key] for key in list(messages[-1])[:5]}, flush=True)
-    return row, messages
+    messages = [
+        {
+            "case": case.name,
+            "collective": collective,
+            "predicted_MB": "",
+            "measured_MB": f"{logged / 2**20:.2f}",
+            "ratio": "",
+            **where("cpu"),
+        }
+        for collective, logged in sorted(found[0]["logged"].items())
+        if case.ranks > 1 and logged >= 2**16
+    ]
+    return [row], messages
 
 
 def deepspeed(case: Case) -> dict[str, Any]:
@@ -306,16 +336,13 @@ def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
     logged: dict[str, int] = {}
     for name, sizes in comms_logger.get_raw_data().items():
         total = sum(size * found[0] for size, found in sizes.items())
-        key = next((known for known in _COLLECTIVES if name.startswith(known)), name)
+        key = next((known for known in COLLECTIVES if name.startswith(known)), name)
         logged[key] = logged.get(key, 0) + total
     assert peak is not None
     found = {"peak_MB": peak.megabytes(), "logged": logged}
     trained.close()
     taught.close()
     return found
-
-
-_COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A step has these moments; the largest of them is the peak:
 
 - *teacher*: the end of the teacher's forward: what was captured is all there;
-- *student*: the student's forward begins: its weights come together;
+- *student*: the end of the student's forward, before its head: a bucket of weights is there twice;
 - *head*: the head compares both models' logits, while all that the forward keeps is there;
 - *backward*: the backward begins;
 - *reduction*: the last gradients are reduced, after all that was kept is gone;
@@ -65,23 +65,25 @@ def memory_of(job: Job) -> Memory:
     rows = 3 * job.rows * student.width * weight
     if job.teacher is not None:
         moments["teacher"] = {
-            "teacher gathered": _gathered(job, job.teacher, prefetching=True),
+            "teacher gathered": _gathered(job, job.teacher, prefetching=True, head=False),
             "captured states": captured.teacher * tokens,
             "activations": (job.teacher.width * weight + layer_works(job.teacher, weight)) * tokens,
         }
     teacher_states = captured.teacher * tokens
     if job.teacher is not None:
         teacher_states += job.teacher.width * weight * tokens  # its last hidden states
-    moments["student"] = {
-        "student gathered": _gathered(job, student, prefetching=True),
-        "captured states": teacher_states,
-        "activations": layer_works(student, weight) * tokens,
-    }
     of_student = captured.student_whole if job.checkpointing else captured.student
+    shown = {"captured states": teacher_states + of_student * tokens}
+    moments["student"] = {
+        "teacher gathered": _teacher_head(job),
+        "student gathered": _gathered(job, student, prefetching=True),
+        **shown,
+        "activations": kept + layer_works(student, weight) * tokens,
+    }
     moments["head"] = {
         "teacher gathered": _teacher_head(job),
         "student gathered": _gathered(job, student),
-        "captured states": teacher_states + of_student * tokens,
+        **shown,
         "activations": kept,
         "logits": _logits(job) + rows,
         "head gradient": _head_gradient(job, largest=True),
@@ -90,8 +92,9 @@ def memory_of(job: Job) -> Memory:
     last_states = teacher_states - captured.teacher * tokens
     reduced = min(job.sharding.reduce_bucket, student.numbers) * job.sharding.message
     fills = student.numbers > job.sharding.reduce_bucket
+    again_gathered = student.numbers > min(job.sharding.reuse // 2, job.sharding.live)
     moments["backward"] = {
-        "student gathered": _gathered(job, student),
+        "student gathered": _gathered(job, student, prefetching=again_gathered),
         "captured states": last_states + captured.compared * tokens,
         "activations": kept + (again + layer_works(student, weight)) * tokens,
         "logits": rows // 3,
@@ -145,18 +148,18 @@ def _held(job: Job) -> tuple[Parts, Parts, Parts]:
     return device, host, disk
 
 
-def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False) -> int:
-    """Whole weights beside the shards.
+def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False, head: bool = True) -> int:
+    """Whole weights beside the shards. head: with one that is not tied to the embedding.
 
     DeepSpeed gathers ahead, a prefetch bucket more with every module, until `live` numbers are
-    whole, and keeps what is used again soon. A bucket under way is there twice: as it came, and cut
-    into tensors.
+    whole, and keeps what is used again soon. A bucket is there twice, as it came and cut into
+    tensors, until the last of its tensors has been used.
     """
     if not job.gathers:
         return 0
     sharding = job.sharding
     small = sizes.small(sharding.persist)
-    large = sizes.numbers - small
+    large = sizes.numbers - small - (0 if head else sizes.own_head)
     whole = min(large, sharding.live)
     twice = min(large, sharding.prefetch) if prefetching else 0
     return (small + whole + twice) * sharding.weight

@@ -64,6 +64,11 @@ class Sizes:
         """All parameters."""
         return sum(self.tensors)
 
+    @property
+    def own_head(self) -> int:
+        """Numbers of a head that is not the embedding."""
+        return 0 if self.tied else self.vocabulary * self.width
+
     def shard(self, ranks: int) -> int:
         """Numbers that one of so many ranks holds: ZeRO-3 pads every tensor to a multiple."""
         return sum(math.ceil(numel / ranks) for numel in self.tensors)

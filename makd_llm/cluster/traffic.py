@@ -49,12 +49,13 @@ class Message:
 def traffic_of(job: Job) -> list[Message]:
     """What a rank sends in one optimizer step; nothing where it is alone.
 
-    ZeRO-3: the teacher's weights come together once in each forward, its head once more for the
-    student's; the student's in the forward, and in the backward again but for what was kept
-    because it is used again within `reuse` numbers (half of them before the turn, half after it);
-    gradients are reduced to their owners once per micro-batch; small tensors, which stay whole,
-    come together after each step. ZeRO++'s second copy serves the student's backward, and all
-    forwards of the teacher, whose weights do not change.
+    ZeRO-3: the teacher's weights come together once in each forward, its head for the student's
+    (also where it is the embedding, which has come once before); the student's in the forward, and
+    in the backward again but for what was kept because it is used again within `reuse` numbers
+    (half of them before the turn, half after it); gradients are reduced to their owners once per
+    micro-batch; small tensors, which stay whole, come together after each step. ZeRO++'s second
+    copy serves the student's backward, and all forwards of the teacher, whose weights do not
+    change.
 
     ZeRO-1 and 2: gradients are all-reduced (ZeRO-1 once per step), and weights come together after
     it.
@@ -76,10 +77,10 @@ def traffic_of(job: Job) -> list[Message]:
     found = []
     times = job.accumulation
     if job.teacher is not None:
-        weights = times * _large(job, job.teacher)
+        head = times * job.teacher.vocabulary * job.teacher.width * sharding.weight
+        weights = times * _large(job, job.teacher) - (0 if job.teacher.tied else head)
         found.append(Message("teacher weights", "teacher", "all_gather", weights, *second))
         if job.compared:
-            head = times * job.teacher.vocabulary * job.teacher.width * sharding.weight
             found.append(Message("teacher head", "forward", "all_gather", head, *second))
     weights = _large(job, student)
     kept = min(sharding.reuse // 2, sharding.live) * sharding.weight

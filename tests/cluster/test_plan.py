@@ -155,7 +155,9 @@ def test_advice_is_one_change_that_helps(job: Job) -> None:
 def test_messages(job: Job) -> None:
     assert traffic_of(replace(job, nodes=1, gpus=1)) == []
     messages = {message.what: message for message in traffic_of(job)}
-    assert messages["teacher weights"].payload == pytest.approx(2 * 70_553_706_496, rel=0.01)
+    assert messages["teacher weights"].payload == pytest.approx(
+        2 * (70_553_706_496 - job.student.vocabulary * job.student.width), rel=1e-4
+    )
     weights, again = messages["student weights"], messages["student weights again"]
     assert weights.payload - again.payload == 2 * job.sharding.reuse // 2
     assert not any(message.near for message in messages.values())
