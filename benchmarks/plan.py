@@ -18,72 +18,24 @@ Writes results/plan_cpu.csv and results/plan_traffic_cpu.csv.
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, say, where, write
+import torch
+from deepspeed.comm.comm import comms_logger
+
+from makd_llm import distributed
+from makd_llm.cluster.memory import memory_of
+from makd_llm.cluster.traffic import traffic_of
+from makd_llm.memory import Peak
+from makd_llm.planning import build_job
+from measure import RESULTS, where, write
+from training import Case, Training, deepspeed_json, folders, launch, leave
 
 HERE = Path(__file__).resolve()
-CHECKOUT = HERE.parents[1]
-
-# SmolLM2-135M's shape, a wider and shallower one with its own head, and one for the baseline.
-MODELS: dict[str, dict[str, Any]] = {
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "wide": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": 16000,
-        "tie_word_embeddings": False,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "tie_word_embeddings": True,
-    },
-}
-
-
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration that is planned and run."""
-
-    model: str
-    ranks: int
-    length: int
-    checkpointing: bool = False
-    ds: str = "zero3.json"
-    preset: str = "makd"
-    records: int = 2
-    keep: float = 0.5
-
-    @property
-    def name(self) -> str:
-        tokens = f"{self.records} x {self.length}"
-        said = f"{self.model} {self.ranks} ranks {tokens} {self.ds} {self.preset}"
-        return said + (" checkpointed" if self.checkpointing else "")
 
 
 CASES = (
@@ -151,13 +103,9 @@ def merge(rows: Rows, path: Path) -> None:
 
 def planned(case: Case, scratch: Path) -> dict[str, float]:
     """MB of the peak under the case's name, and by collective."""
-    from makd_llm.cluster.memory import memory_of
-    from makd_llm.cluster.traffic import traffic_of
-    from makd_llm.planning import build_job
-
     teacher, student = folders(case, scratch)
     path = scratch / case.ds
-    path.write_text(json.dumps(deepspeed(case)), encoding="utf-8")
+    path.write_text(json.dumps(deepspeed_json(case)), encoding="utf-8")
     job, _ = build_job(
         teacher,
         path,
@@ -186,7 +134,8 @@ def measured_before(case: Case) -> tuple[Rows, Rows]:
 
 def measured_now(case: Case, scratch: Path) -> tuple[Rows, Rows]:
     """Runs a case: its row, and one for each collective that carries more than counts and means."""
-    found = launched(case, scratch)
+    folders(Case("tiny", 1, 64), scratch)  # the baseline's; the case's own were made to plan it
+    found = launch(HERE, case, scratch / "ranks").results()
     row = {
         "case": case.name,
         "predicted_MB": "",
@@ -211,137 +160,34 @@ def measured_now(case: Case, scratch: Path) -> tuple[Rows, Rows]:
     return [row], messages
 
 
-def deepspeed(case: Case) -> dict[str, Any]:
-    """The JSON of a case; ZeRO++'s second copy is spread over as many ranks as there are."""
-    given: dict[str, Any] = json.loads(
-        (CHECKOUT / "ds_configs" / case.ds).read_text(encoding="utf-8")
-    )
-    if "zero_hpz_partition_size" in given["zero_optimization"]:
-        given["zero_optimization"]["zero_hpz_partition_size"] = case.ranks
-    return given
-
-
-def folders(case: Case, scratch: Path) -> tuple[Path, Path]:
-    """Teacher and student of a case, made of random numbers, on disk."""
-    import torch
-    from transformers import LlamaConfig
-
-    from makd_llm.cluster.sizes import student_config
-    from makd_llm.models.modeling_lowrank import model_class_for
-
-    made = []
-    for name in ("teacher", "student"):
-        folder = scratch / f"{case.model}-{name}"
-        if not (folder / "config.json").exists():
-            config: Any = LlamaConfig(**MODELS[case.model], max_position_embeddings=4096)
-            if name == "student":
-                config = student_config(config, case.keep, 16)
-            torch.manual_seed(0)
-            model_class_for(config)._from_config(config, dtype=torch.bfloat16).save_pretrained(
-                folder
-            )
-        made.append(folder)
-    return made[0], made[1]
-
-
-def launched(case: Case, scratch: Path) -> list[dict[str, Any]]:
-    """What each rank measured."""
-    folders(Case("tiny", 1, 64), scratch)
-    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    environment = os.environ | own
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE)]
-    command += ["--measure", json.dumps(asdict(case)), "--folder", str(scratch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        say(done.stderr[-4000:])
-        raise SystemExit(f"{case.name}: failed")
-    return [
-        json.loads((scratch / f"rank{rank}.json").read_text(encoding="utf-8"))
-        for rank in range(case.ranks)
-    ]
-
-
-def measure(case: Case, scratch: Path) -> None:
+def measure(case: Case, folder: Path) -> None:
     """One rank of a case: the baseline, then the steps."""
-    import torch
-
-    from makd_llm import distributed
-    from makd_llm.memory import Peak
-
     torch.set_num_threads(1)
     distributed.quiet()
     distributed.init()
-    steps(Case("tiny", case.ranks, 64, case.checkpointing, case.ds, case.preset), scratch, 2)
+    steps(replace(case, model="tiny", length=64, records=2), folder.parent, 2)
     baseline = Peak(distributed.device()).before
-    found = steps(case, scratch, 3 if case.ranks > 1 else 2)
-    found["baseline_MB"] = baseline
-    path = scratch / f"rank{distributed.rank()}.json"
-    path.write_text(json.dumps(found), encoding="utf-8")
+    found = steps(case, folder.parent, 3 if case.ranks > 1 else 2)
+    leave({**found, "baseline_MB": baseline}, folder)
     distributed.shutdown()
 
 
 def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
     """Trains so many steps; the peak from the second on, and the messages of the last."""
-    import torch
-    from deepspeed.comm.comm import comms_logger
-
-    from makd_llm import distributed
-    from makd_llm.checkpoint.folder import read_config
-    from makd_llm.config import DistilConfig
-    from makd_llm.data.batch import collate, counts_of
-    from makd_llm.data.schema import Example
-    from makd_llm.memory import Peak
-    from makd_llm.models.families import family_of
-    from makd_llm.models.pairing import pair
-    from makd_llm.models.sharded import load_sharded
-    from makd_llm.train.build import build_objectives
-    from makd_llm.train.deepspeed_config import frozen_config
-    from makd_llm.train.engine import Frozen, Trained
-    from makd_llm.train.step import distill_step
-
-    teacher, student = folders(case, scratch)
-    given = deepspeed(case)
-    given["train_micro_batch_size_per_gpu"] = case.records
-    given["train_batch_size"] = case.records * case.ranks
-    given["gradient_accumulation_steps"], given["gradient_clipping"] = 1, 1.0
-    given["optimizer"]["params"] |= {"lr": 1e-5, "weight_decay": 0.0}
-    given["steps_per_print"] = 10**9
-    given["comms_logger"] = {"enabled": True, "prof_all": True, "verbose": False, "debug": False}
-    dtype = torch.bfloat16
-    trained = Trained(
-        load_sharded(student, given, dtype), given, gradient_checkpointing=case.checkpointing
-    )
-    frozen = frozen_config(given, micro_batch_size=case.records)
-    taught = Frozen(load_sharded(teacher, frozen, dtype), frozen)
-    shape = read_config(student)
-    objectives = build_objectives(
-        DistilConfig.model_validate({"preset": case.preset}),
-        family_of(shape),
-        shape.num_hidden_layers,
-        pair(shape, read_config(teacher)),
-    )
-    torch.manual_seed(distributed.rank())
-    peak = None
-    for step in range(count):
-        if step == 1:
-            peak = Peak(distributed.device())
+    training = Training(case, scratch, log_messages=True)
+    training.step()
+    peak = Peak(distributed.device())
+    for step in range(1, count):
         if step == count - 1:
             comms_logger.reset_data()
-        ids = torch.randint(3, shape.vocab_size, (case.records, case.length)).tolist()
-        cut = case.length - case.length // 4
-        batch = collate([Example(str(i), row, cut) for i, row in enumerate(ids)], pad_id=0)
-        distill_step(trained, taught, objectives, batch, counts_of([batch]))
-        trained.step()
+        training.step()
     logged: dict[str, int] = {}
     for name, sizes in comms_logger.get_raw_data().items():
         total = sum(size * found[0] for size, found in sizes.items())
         key = next((known for known in COLLECTIVES if name.startswith(known)), name)
         logged[key] = logged.get(key, 0) + total
-    assert peak is not None
     found = {"peak_MB": peak.megabytes(), "logged": logged}
-    trained.close()
-    taught.close()
+    training.close()
     return found
 
 

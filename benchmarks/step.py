@@ -30,8 +30,7 @@ from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import DataConfig, DistilConfig, load_config
 from makd_llm.config.presets import preset_names
-from makd_llm.data.batch import Batch, collate, counts_of
-from makd_llm.data.schema import Example
+from makd_llm.data.batch import Batch, counts_of
 from makd_llm.models.families import family_of
 from makd_llm.models.pairing import pair
 from makd_llm.models.sharded import load_sharded
@@ -48,6 +47,7 @@ from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.step import distill_step, finetune_step
 from measure import RESULTS, peaks, where, write
+from training import random_rows
 
 SETS: dict[str, list[str]] = {
     # opdf trains another student: not the one that all others are timed on
@@ -183,13 +183,6 @@ def timed(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
     distributed.barrier()
     return time.perf_counter() - began
-
-
-def random_rows(records: int, length: int, vocabulary: int) -> Batch:
-    """Rows of one length, of which the last quarter is to be learnt."""
-    ids = torch.randint(3, vocabulary, (records, length)).tolist()
-    examples = [Example(str(i), row, length - length // 4) for i, row in enumerate(ids)]
-    return collate(examples, pad_id=0)
 
 
 def one(student: Trained, teacher: Frozen, objectives: Objectives, batch: Batch) -> float:
