@@ -2,10 +2,12 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from makd_llm import cli
 from makd_llm.checkpoint.folder import TensorReader, read_config
@@ -159,6 +161,49 @@ def test_a_config_cannot_ask_for_a_secret(tmp_path: Path, monkeypatch: pytest.Mo
         load_config(path, [])
     with pytest.raises(UserError, match="may be a secret"):
         load_config(None, ["run_dir=${oc.env:HF_TOKEN}"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        '${oc.env:"HF_TOKEN"}',
+        "${oc.env:'HF_TOKEN'}",
+        "${ oc.env : HF_TOKEN , none }",
+        "${oc.env:HF_${data.source}}",
+        '${oc.env:"${data.source}"}',
+        "${oc.env:NOBODY,${oc.env:'HF_TOKEN'}}",
+        "${oc.decode:'\"${oc.env:HF_TOKEN}\"'}",
+        "${oc.env:PGPASSWORD}",
+        "${oc.env:DB_PASS}",
+        "${oc.env:SSH_PASSPHRASE}",
+        "${oc.env:HTTPS_PROXY}",
+        "${oc.env:UNSET_TOKEN}",
+    ],
+)
+def test_however_the_name_is_written(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable whose name says nothing is refused for its value."""
+    for name in ("HF_TOKEN", "PGPASSWORD", "DB_PASS", "SSH_PASSPHRASE"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}@proxy:1")
+    source = "HF_TOKEN" if '"${data' in asked else "TOKEN"
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"run_dir": asked, "data": {"source": source}}))
+    with pytest.raises(UserError, match=r"may be a secret, which the run folder") as caught:
+        load_config(path, [])
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="may be a secret"):
+        load_config(None, [f"data.source={source}", f"distil.preset={json.dumps(asked)}"])
+
+
+def test_only_configs_are_kept_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user of omegaconf in this process finds its resolver as it was."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    for override in ("run_dir=x", "run_dir=${oc.env:HF_TOKEN}"):
+        with suppress(UserError):
+            load_config(None, [override])
+        assert OmegaConf.create({"a": "${oc.env:HF_TOKEN}"}).a == SECRET
 
 
 def test_deepspeeds_json_may_not_hold_one(tmp_path: Path) -> None:
