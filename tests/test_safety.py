@@ -227,6 +227,26 @@ def test_the_line_that_a_command_ends_with_has_none(
     assert SECRET not in printed.err + printed.out and "no answer from" in printed.err
 
 
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_nor_has_the_traceback_of_a_defect(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        try:
+            raise ValueError(f"token={SECRET}")
+        except ValueError as cause:
+            raise error(f"no answer from http://me:{SECRET}@proxy:1") from cause
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--ds", "x.json"])
+    printed = capsys.readouterr()
+    assert caught.value.code == 1 and SECRET not in printed.err + printed.out
+    assert "Traceback" in printed.err and "http://***@proxy:1" in printed.err
+    with pytest.raises(error, match=SECRET):
+        cli.main(["train", "--ds", "x.json", "--debug"])
+
+
 def test_environment_json_has_the_command_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from makd_llm.pipeline import _environment
 
