@@ -21,6 +21,7 @@ import torch
 
 from makd_llm import distributed
 from makd_llm.errors import OutOfMemory, RankFailed, RunEnded
+from makd_llm.redaction import without_secrets
 
 WORD = "failure.json"
 PATIENCE = 2.0
@@ -77,7 +78,8 @@ def _leave_word(run_dir: Path, text: str, exit_code: int) -> None:
     """The first word stays; a disk that takes none is no reason to fail otherwise."""
     try:
         with (run_dir / WORD).open("x", encoding="utf-8") as file:
-            json.dump({"rank": distributed.rank(), "says": text, "exit_code": exit_code}, file)
+            word = {"rank": distributed.rank(), "says": without_secrets(text)}
+            json.dump({**word, "exit_code": exit_code}, file)
     except OSError:
         return
 
@@ -97,4 +99,6 @@ def _word_of_another(run_dir: Path) -> RankFailed | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Without secrets, of which half might be left where it is cut."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return without_secrets(line)[:300]

@@ -12,6 +12,8 @@ from makd_llm.ending import WORD, is_out_of_memory, one_ending
 from makd_llm.errors import Disconnected, OutOfMemory, RankFailed, RunEnded, UserError
 from makd_llm.testing import launch_ranks
 
+SECRET = "s3cret-v4lue"
+
 
 def one_fails(folder: Path, kind: str) -> tuple[str, str, int]:
     """What a rank ends with where rank 1 fails alone and rank 0 waits for it."""
@@ -25,6 +27,8 @@ def one_fails(folder: Path, kind: str) -> tuple[str, str, int]:
                 raise ValueError("a defect\nwith a second line")
             elif kind == "wrong":
                 raise UserError("the seed is wrong; set another")
+            elif kind == "secret":
+                raise ValueError(f"http://me:{SECRET}@proxy:1".ljust(285) + f" token={SECRET}")
             else:
                 raise ConnectionError("as if it had been killed")
     except Exception as error:  # noqa: BLE001 - it is what is looked at
@@ -54,6 +58,13 @@ def test_the_others_end_with_the_words_of_the_one_that_failed(
     assert failed[0] == own
     assert waiting[0] == "RankFailed" and words in waiting[1] and waiting[2] == code
     assert "\n" not in waiting[1] and "second line" not in waiting[1]
+
+
+def test_no_secret_is_left_in_the_run_folder(tmp_path: Path) -> None:
+    """Nor half of one, where the line is cut."""
+    waiting, _ = launch_ranks(2, one_fails, tmp_path, "secret")
+    written = (tmp_path / WORD).read_text()
+    assert "http://***@proxy:1" in written and SECRET[:3] not in written + waiting[1]
 
 
 def test_without_a_word_the_other_was_killed(tmp_path: Path) -> None:
