@@ -10,6 +10,7 @@ gone, and the same command goes on from the last checkpoint.
 some 30 seconds later.)
 """
 
+import errno
 import json
 import signal
 import time
@@ -27,7 +28,14 @@ WORD = "failure.json"
 PATIENCE = 2.0
 """Seconds until a word that another rank has written is seen here, on a shared file system too."""
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad alloc")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",  # C++
+    "_status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER and cuSPARSE
+)
 
 
 @contextmanager
@@ -50,7 +58,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was missing, of the accelerator or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | OSError) and any(
         words in str(error).lower() for words in _OUT_OF_MEMORY
     )
 

@@ -1,5 +1,6 @@
 """What one rank fails of ends all of them with the same words."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -90,9 +91,23 @@ def test_a_word_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_kinds_of_failures_are_told_apart() -> None:
-    memory = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+    memory = [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 960 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError("Cannot allocate memory (os error 12)"),  # as libraries in Rust say it
+    ]
     assert all(map(is_out_of_memory, memory))
-    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(OSError())
+    others = [
+        ValueError("out of memory"),
+        OSError(),
+        OSError(errno.ENOENT, "No such file or directory", "out of memory.txt"),
+        RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
+    ]
+    assert not any(map(is_out_of_memory, others))
     lost = ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"]
     assert all(distributed.is_of_the_network(RuntimeError(text)) for text in lost)
     assert not distributed.is_of_the_network(RuntimeError("shapes differ"))
