@@ -13,6 +13,7 @@ from makd_llm.cli_options import Debug, Overrides
 from makd_llm.cluster.slurm import RUNNERS, Job, render
 from makd_llm.cluster.slurm import submit as hand_to_sbatch
 from makd_llm.errors import UserError
+from makd_llm.redaction import names_a_secret, without_secrets
 from makd_llm.stages import STAGES
 
 slurm = typer.Typer(help="Runs as batch jobs of SLURM.", no_args_is_help=True)
@@ -98,6 +99,9 @@ def submit(
     elif configs:
         arguments += ["--config", configs[0]]
     variables = [_pair(given) for given in env or []]
+    for option in sbatch or ():
+        if (shown := without_secrets(option)) != option:
+            raise _secret(f"--sbatch={shown}")
     job = Job(
         (*arguments, *(overrides or [])),
         nodes=nodes,
@@ -168,4 +172,13 @@ def _pair(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals:
         raise UserError(f"--env {shlex.quote(given)}: not of the form NAME=VALUE")
+    if names_a_secret(name) or without_secrets(value) != value:
+        raise _secret(f"--env {name}")
     return name, value
+
+
+def _secret(given: str) -> UserError:
+    return UserError(
+        f"{given} looks like a secret, which would stand in the script that SLURM keeps; leave it "
+        "out and set it in the environment, which sbatch hands on by itself"
+    )
