@@ -76,7 +76,7 @@ def _no_secrets_of_the_environment() -> Iterator[None]:
 
     def variable(name: object, *default: object) -> object:
         if not names_a_secret(str(name)):
-            value = oc.env(name, *default)
+            value = oc.env(str(name), *default)
             if without_secrets(str(value)) == str(value):
                 return value
         refused.append(str(name))
