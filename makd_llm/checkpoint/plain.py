@@ -31,7 +31,7 @@ def _known() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    def member(kind: object, name: str) -> object:
+    def member(kind: Any, name: str) -> object:
         if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError("GLOBAL builtins.getattr")
         return ZeroStageEnum[name]
