@@ -74,7 +74,7 @@ def _no_secrets_of_the_environment() -> Iterator[None]:
     """
     refused: list[str] = []
 
-    def variable(name: object, *default: object) -> object:
+    def variable(name: Any, *default: object) -> object:
         if not names_a_secret(str(name)):
             value = oc.env(str(name), *default)
             if without_secrets(str(value)) == str(value):
