@@ -49,6 +49,7 @@ CASES = (
     Case("wide", 2, 256, ds="zero2.json"),
     Case("wide", 2, 256, ds="zero1.json"),
     Case("wide", 2, 256, ds="zero3_hpz.json"),
+    Case("wide", 2, 256, limit=5_000_000),
     Case("wide", 1, 1024),
     Case("smollm2", 1, 512, preset="kd"),
 )
