@@ -63,6 +63,8 @@ def plan(
     from makd_llm.planning import build_job
     from makd_llm.report.plan import plan_plot, show_plan
 
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UserError(f"--plot {plot}: name a .png in a folder that is there")
     machine = machine_named(gpu)
     for name, given in (
         ("memory", memory),
@@ -99,13 +101,7 @@ def plan(
     found = planned(job, machine)
     scaling = scaled(job, machine) if as_json or plot else []
     if plot is not None:
-        try:
-            plan_plot(scaling, found, plot)
-        except OSError as error:
-            raise UserError(
-                f"--plot {plot}: cannot be written ({error.strerror}); name a .png in a folder "
-                "that is there"
-            ) from None
+        plan_plot(scaling, found, plot)
     if as_json:
         print(json.dumps(everything(found, notes, scaling), indent=1))
     else:

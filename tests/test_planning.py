@@ -76,8 +76,11 @@ def test_tuning_the_teacher_is_planned_as_a_student_of_its_own(
         (["--keep", "0"], "--keep 0: expected a share"),
         (["--memory", "nan"], "--memory nan: expected a number"),
         (["--link", "inf"], "--link inf: expected a number"),
-        (["--plot", "no-such-folder/a.png"], "--plot no-such-folder/a.png: cannot be written"),
-        (["--plot", "."], "cannot be written"),
+        (
+            ["--plot", "no-such-folder/a.png"],
+            "--plot no-such-folder/a.png: name a .png in a folder that is there",
+        ),
+        (["--plot", "."], "--plot .: name a .png"),
         (["--batch", "8"], "a batch of 8 records has less than one for each of 64 ranks"),
         (["--batch", "96"], "choose a batch size that the ranks can share"),
         (["--seq", "4096"], "--seq is 4096, but .* has only .* positions"),

@@ -96,7 +96,7 @@ def memory_of(job: Job) -> Memory:
     last_states = teacher_states - captured.teacher * tokens
     reduced = min(job.sharding.reduce_bucket, student.numbers) * job.sharding.message
     fills = student.numbers > job.sharding.reduce_bucket
-    again_gathered = student.numbers > job.sharding.kept
+    again_gathered = student.numbers > job.sharding.kept(student.table)
     moments["backward"] = {
         "student gathered": _gathered(job, student, prefetching=again_gathered),
         "captured states": last_states + captured.compared * tokens,

@@ -70,15 +70,15 @@ class Sharding:
     swap_buffers: int = 5
     swap_buffer: int = 100_000_000
 
-    @property
-    def kept(self) -> int:
+    def kept(self, head: int) -> int:
         """Numbers of a model that stay whole from its forward into its backward (ZeRO-3).
 
         What is used again within `reuse` numbers is not let go: half of them lie on either side of
         the turn. Nor is what the prefetch has passed over because it was there already: up to
-        `live`. Source: DeepSpeed's partitioned_param_coordinator.py, __params_to_release.
+        `live`. The head, of so many numbers, is what runs next in any case. Source: DeepSpeed's
+        partitioned_param_coordinator.py, __params_to_release.
         """
-        return max(self.live, self.reuse // 2)
+        return max(self.live, self.reuse // 2, head)
 
     @property
     def name(self) -> str:

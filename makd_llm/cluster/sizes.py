@@ -164,10 +164,11 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
 
 
 def _windows(config: PreTrainedConfig) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None) or 0
-    types = getattr(config, "layer_types", None)
+    window: int = getattr(config, "sliding_window", None) or 0
+    types: list[str] | None = getattr(config, "layer_types", None)
     if types is None:
-        return (window,) * config.num_hidden_layers
+        layers: int = config.num_hidden_layers
+        return (window,) * layers
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 

@@ -81,7 +81,7 @@ def timing_of(job: Job, machine: Machine) -> Timing:
         # gradients to the host, weights back; the host's memory is taken to be no slower
         compute["update"] = own * (sharding.gradient + weight) / machine.host
     if sharding.parameters != "none" and not job.on_cpu:
-        again = max(0, student.numbers - sharding.kept) / student.numbers
+        again = max(0, student.numbers - sharding.kept(student.table)) / student.numbers
         shares = (("teacher", job.teacher, 1.0), ("forward", student, 1.0))
         for moment, sizes, share in (*shares, ("backward", student, again)):
             if sizes is not None:

@@ -88,7 +88,7 @@ def traffic_of(job: Job) -> list[Message]:
         if job.compared:
             found.append(Message("teacher head", "forward", "all_gather", head, *everywhere))
     weights = _large(job, student)
-    again = max(0, weights - sharding.kept * sharding.weight)
+    again = max(0, weights - sharding.kept(student.table) * sharding.weight)
     gradients = job.ranks * student.shard(job.ranks) * sharding.message
     small = student.small(sharding.persist) * sharding.weight
     found += [

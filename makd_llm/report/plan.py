@@ -142,12 +142,14 @@ def _draw_memory(
     parts = list(dict.fromkeys(part for row in scaling for part in row["parts"]))
     parts = [part for part in parts if any(row["parts"].get(part) for row in scaling)]
     below = [0.0] * len(scaling)
-    for part, color in zip(parts, mpl.colormaps["tab20"].colors, strict=False):
+    colors = mpl.colormaps["tab20"]
+    for number, part in enumerate(parts):
         heights = [row["parts"].get(part, 0) / 1e9 for row in scaling]
-        axis.bar(range(len(scaling)), heights, 0.8, below, color=color, label=part)
+        axis.bar(range(len(scaling)), heights, 0.8, below, color=colors(number), label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axis.axhline(room, color="black", linestyle="--", label=f"room on {machine}")
     axis.set(ylabel="GB of a rank (10^9 bytes)", title="memory at its largest, by part")
+    axis.set_axisbelow(True)
     axis.grid(axis="y", alpha=0.3)
 
 

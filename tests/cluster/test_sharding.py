@@ -33,9 +33,10 @@ def test_what_is_advised_is_what_is_shipped() -> None:
         assert sharding_of(read_deepspeed_config(DS / name)) == sharding, name
 
 
-def test_what_stays_whole_is_the_larger_of_the_two_limits() -> None:
-    assert Sharding(live=1_000_000, reuse=200_000).kept == 1_000_000
-    assert Sharding(live=200_000, reuse=1_000_000).kept == 500_000
+def test_what_stays_whole_is_the_larger_of_the_limits_and_the_head() -> None:
+    assert Sharding(live=1_000_000, reuse=200_000).kept(7) == 1_000_000
+    assert Sharding(live=200_000, reuse=1_000_000).kept(7) == 500_000
+    assert Sharding(live=200_000, reuse=200_000).kept(300_000) == 300_000
 
 
 @pytest.mark.parametrize(

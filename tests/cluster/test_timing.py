@@ -43,5 +43,5 @@ def test_offloaded_weights_are_fetched_for_every_pass(job: Job) -> None:
     slow = replace(H100, host=1e6)
     offloaded = replace(job, sharding=replace(job.sharding, parameters="cpu"))
     found = timing_of(offloaded, slow).compute
-    again = 1 - job.sharding.kept / job.student.numbers
+    again = 1 - job.sharding.kept(job.student.table) / job.student.numbers
     assert found["backward"] == pytest.approx(again * found["forward"])
