@@ -63,7 +63,12 @@ SEEN_ONLY_BY = {
         "makd_llm.testing",
         *BUILDERS,
     ),
-    "makd_llm.checks": ("makd_llm.pipeline", "makd_llm.teacher_summaries", "makd_llm.cli_slurm"),
+    "makd_llm.checks": (
+        "makd_llm.pipeline",
+        "makd_llm.teacher_summaries",
+        "makd_llm.cli_slurm",
+        "makd_llm.planning",
+    ),
     "makd_llm.testing": (),
 }
 
