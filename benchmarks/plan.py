@@ -172,7 +172,7 @@ def measure(case: Case, folder: Path) -> None:
     steps(replace(case, model="tiny", length=64, records=2), folder.parent, 2)
     baseline = Peak(distributed.device()).before
     found = steps(case, folder.parent, 3 if case.ranks > 1 else 2)
-    leave({**found, "baseline_MB": baseline * 2**20 / MB}, folder)
+    leave({**found, "baseline_MB": _decimal(baseline)}, folder)
     distributed.shutdown()
 
 
@@ -190,9 +190,16 @@ def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
         total = sum(size * found[0] for size, found in sizes.items())
         key = next((known for known in COLLECTIVES if name.startswith(known)), name)
         logged[key] = logged.get(key, 0) + total
-    found = {"peak_MB": peak.megabytes() * 2**20 / MB, "logged": logged}
+    found = {"peak_MB": _decimal(peak.megabytes()), "logged": logged}
     training.close()
     return found
+
+
+def _decimal(mebibytes: float | None) -> float:
+    """In MB."""
+    if mebibytes is None:
+        raise SystemExit("this system does not say how much memory a process takes")
+    return mebibytes * 2**20 / MB
 
 
 if __name__ == "__main__":
