@@ -125,6 +125,12 @@ def fetch_builtin_dataset(name: str) -> dict[str, Path]:
     return {split: folder / f"{split}.jsonl" for split in SPLITS.values()}
 
 
+def cached(name: str) -> bool:
+    """Whether a built-in model or data set is in the cache, by names and sizes; fetches nothing."""
+    kind, table = ("models", MODELS) if name in MODELS else ("datasets", DATASETS)
+    return _fault(cache_dir() / kind / name, table[name]) is None
+
+
 def _write_rows(papers: Path, target: Path) -> None:
     """One row per paper and aspect: the abstract's sentences, and the summary of that aspect."""
     partial = target.with_name(target.name + ".partial")
