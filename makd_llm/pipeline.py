@@ -550,7 +550,7 @@ class Run:
         report = self.cutting.factors(teacher, start, result)
         distributed.on_main(write_json, self.dir / "factorization.json", report)
         distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
-        distributed.on_main(write_whole, result / "README.md", student_card(report))
+        distributed.on_main(lambda: write_whole(result / "README.md", student_card(report)))
         if distributed.is_main():
             show(factorization_table(report))
 

@@ -46,6 +46,8 @@ class Builtin:
     """Path inside the wheel → sha256 of its content."""
     license: str
     what: str
+    hub_id: str | None = None
+    """The model on the Hub that this is a copy of."""
 
 
 MODELS: dict[str, Builtin] = {
@@ -59,6 +61,7 @@ MODELS: dict[str, Builtin] = {
         },
         license="Apache-2.0",
         what="SmolLM2-135M-Instruct of Hugging Face, quantized to 4 bits (98,362,432 bytes)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
