@@ -92,7 +92,11 @@ def merged_card(card: str) -> str:
     found = ModelCard(card, ignore_metadata_errors=True)
     found.data.tags = [tag for tag in found.data.tags or [] if tag != "low-rank"] or None
     text = found.text.strip()
-    for one, other in ((TITLE, TITLE_MERGED), (FORM, FORM_MERGED), (LOADING, LOADING_MERGED)):
+    for one, other in (
+        (f"{TITLE} of", f"{TITLE_MERGED} of"),
+        (FORM, FORM_MERGED),
+        (LOADING, LOADING_MERGED),
+    ):
         text = text.replace(one, other, 1)
     return _joined(found.data, [text])
 
