@@ -1,7 +1,10 @@
 """The commands in the documents: programs, commands, options and settings that they name exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def commands(page: str) -> Iterator[list[str]]:
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words.pop(0)
             if words:
-                yield words
+                yield [word.replace("$NODE", "0") for word in words]
 
 
 def parsed(command: Any, words: list[str]) -> dict[str, Any]:
@@ -62,16 +65,17 @@ def check(words: list[str]) -> None:
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
         assert rest[0] in targets, f"make {rest[0]}"
-    elif program == "deepspeed":
-        from deepspeed.launcher.runner import parse_args
+    elif program in ("deepspeed", "torchrun"):
+        at = next(i for i, word in enumerate(rest) if word in ("train.py", "makd_llm.cli"))
+        if program == "deepspeed":
+            from deepspeed.launcher.runner import parse_args
 
-        at = rest.index("train.py")
-        parse_args(rest[: at + 1])
-        check(["makd", "train", *rest[at + 1 :]])
-    elif program == "torchrun":
-        check(["makd", *rest[rest.index("makd_llm.cli") + 1 :]])
+            parse_args(rest[: at + 1])
+        check(["makd", *(["train"] if rest[at] == "train.py" else []), *rest[at + 1 :]])
     elif program == "makd":
-        given = parsed(typer.main.get_command(app), [word for word in rest if word != "…"])
+        given = parsed(
+            typer.main.get_command(app), [word for word in rest if word not in ("…", "...")]
+        )
         if "overrides" in given and rest[0] in ("train", "sft"):
             config = given["config"]
             preset = given.get("preset")
@@ -81,9 +85,14 @@ def check(words: list[str]) -> None:
         if given.get("ds"):
             assert (CHECKOUT / given["ds"]).is_file()
     elif program == "hf":
-        from huggingface_hub.cli.hf import app as hub
-
-        parsed(hub, rest)
+        helped = subprocess.run(
+            [sys.executable, "-m", "huggingface_hub.cli.hf", rest[0], "--help"],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert all(f"{word} " in helped.stdout for word in rest if word.startswith("--"))
     else:
         assert program in OTHERS, f"what is {program}?"
 

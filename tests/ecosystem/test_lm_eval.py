@@ -94,7 +94,7 @@ def measured(student: Path, form: str, home: Path, *model_args: str) -> dict[str
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=420,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (student.parent / f"out-{form}").glob("**/results_*.json")
@@ -122,7 +122,7 @@ def mean_loss(student: Path, rows: list[dict[str, str]]) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_both_forms_are_measured_alike_and_as_we_measure(
     student: Path, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
