@@ -90,7 +90,8 @@ def student_card(
 def merged_card(card: str) -> str:
     """The card of a student whose factors are multiplied out, from the student's own."""
     found = ModelCard(card, ignore_metadata_errors=True)
-    found.data.tags = [tag for tag in found.data.tags or [] if tag != "low-rank"] or None
+    metadata: Any = found.data
+    metadata.tags = [tag for tag in metadata.tags or [] if tag != "low-rank"] or None
     text = found.text.strip()
     for one, other in (
         (f"{TITLE} of", f"{TITLE_MERGED} of"),
@@ -98,7 +99,7 @@ def merged_card(card: str) -> str:
         (LOADING, LOADING_MERGED),
     ):
         text = text.replace(one, other, 1)
-    return _joined(found.data, [text])
+    return _joined(metadata, [text])
 
 
 def _short(origin: Provenance) -> str:
@@ -117,7 +118,7 @@ def _metadata(
     measured = []
     row = evaluation["models"]["student"] if evaluation else {}
     source = public_name(data).removeprefix(BUILTIN) if data else "unknown"
-    where = {
+    where: dict[str, Any] = {
         "task_type": "summarization",
         "dataset_type": source,
         "dataset_name": source,
@@ -136,6 +137,7 @@ def _metadata(
             measured.append(
                 EvalResult(**where, metric_type=key.lower(), metric_name=name, metric_value=value)
             )
+    stated: dict[str, Any] = dict(origin.license)
     return ModelCardData(
         base_model=origin.hub_id,
         datasets=[data] if data and is_hub_id(data) else None,
@@ -144,7 +146,7 @@ def _metadata(
         tags=["low-rank", "makd-llm"],
         model_name=f"low-rank student of {_short(origin)}" if measured else None,
         eval_results=measured or None,
-        **origin.license,
+        **stated,
     )
 
 
@@ -188,7 +190,7 @@ def _ranks(matrices: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for role in dict.fromkeys(matrix["role"] for matrix in matrices):
         those = [matrix["rank"] for matrix in matrices if matrix["role"] == role]
         ranks = [rank for rank in those if rank is not None]
-        spread = f"{min(ranks)} to {max(ranks)}" if ranks else "-"
+        spread = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "-"
         yield role, str(len(those)), str(len(those) - len(ranks)), spread
 
 
