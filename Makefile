@@ -13,10 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slurm check bench gpu format clean
+.PHONY: help setup demo test test-faults test-slurm test-ecosystem check bench gpu format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv and install into it the tested versions
 
@@ -58,6 +58,20 @@ test-slurm: $(INSTALLED) ## two SLURM nodes and two network namespaces on this m
 	|| { tail -n 20 $$log; echo "test-slurm: apt-get could not install $(SLURM_PACKAGES); its words are in $$log" >&2; exit 2; }
 	PATH="$$PATH:/usr/sbin:/sbin" MAKD_TEST_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/pytest -v -m cluster tests/slurm $(ARGS)
 
+# What scikit-learn, which lm-eval brings, would slow down in .venv: see pyproject.toml. This one sees
+# the libraries of .venv and adds to them.
+ECOSYSTEM := .venv-ecosystem
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(ECOSYSTEM)/.installed: $(INSTALLED)
+	@echo "test-ecosystem: making $(ECOSYSTEM) with lm-eval and wandb (once)"
+	@$(BIN)/python -m venv $(ECOSYSTEM)
+	@$(BIN)/python $(SITE) >"$$($(ECOSYSTEM)/bin/python $(SITE))/libraries.pth"
+	@$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	@touch $@
+
+test-ecosystem: $(ECOSYSTEM)/.installed ## a student under lm-eval, and a run with W&B (offline)
+	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest -v tests/ecosystem $(ARGS)
+
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -82,5 +96,5 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and everything built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ECOSYSTEM) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from makd_llm.evaluation.evaluate import (
 from makd_llm.factorize.ladder import name_of
 from makd_llm.files import write_json, write_whole
 from makd_llm.models.source import load_tokenizer
-from makd_llm.report.card import student_card
+from makd_llm.report.card import merged_card, student_card
 from makd_llm.report.plots import stages_plot
 from makd_llm.train.build import build_prompts, build_recipe, build_records
 from makd_llm.train.engine import Frozen
@@ -107,11 +107,16 @@ class Evaluating:
         train = self.config.distil.train
         distilled = {
             "preset": self.config.distil.preset,
-            "steps": f"{train.steps} of {train.batch_size} records of {self.config.data.source}",
+            "steps": f"{train.steps} of {train.batch_size} records",
             **self._targets(),
         }
-        card = student_card(report, distilled=distilled, evaluation=evaluation)
+        card = student_card(
+            report, distilled=distilled, data=self.config.data.source, evaluation=evaluation
+        )
         write_whole(student / "README.md", card)
+        merged = student.with_name(f"{student.name}-merged")
+        if merged.is_dir():
+            write_whole(merged / "README.md", merged_card(card))
 
     def _targets(self) -> dict[str, str]:
         """Said where the student did not learn from the references."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from makd_llm import distributed
 from makd_llm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -48,6 +47,8 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
     name: the setting that named the folder, for messages. Collective. Raises UserError where
     another run is at work there, or the folder cannot be written.
     """
+    from makd_llm import distributed  # brings torch, for which `makd --help` should not wait
+
     lock = FileLock(folder / ".lock", timeout=0)
     distributed.on_main(_claim, lock, folder, name)
     try:

@@ -56,6 +56,7 @@ from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
 from makd_llm.teacher_summaries import Task, write_with_engine
 from makd_llm.teaching import Teaching
+from makd_llm.train import monitors
 from makd_llm.train.build import (
     build_balance,
     build_chains,
@@ -143,6 +144,7 @@ class Run:
                 "distil.offline is null, so there is nothing to write; set distil.offline.top_k"
             )
         with claimed(self.dir, "run_dir"), one_ending(self.dir):
+            distributed.on_main(monitors.prepare, self.deepspeed, self.ds_path, self.dir)
             self._execute(wanted)
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
@@ -548,7 +550,7 @@ class Run:
         report = self.cutting.factors(teacher, start, result)
         distributed.on_main(write_json, self.dir / "factorization.json", report)
         distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
-        distributed.on_main(write_whole, result / "README.md", student_card(report))
+        distributed.on_main(lambda: write_whole(result / "README.md", student_card(report)))
         if distributed.is_main():
             show(factorization_table(report))
 

@@ -158,8 +158,11 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         "the tables are what the run ends with"
     )
     card = (folder / "student" / "README.md").read_text()
-    assert f"perplexity {student['perplexity']['value']:.2f}, ROUGE-1" in card
-    assert "| distilled | preset makd, steps 8 of 4 records" in card
+    total, perplexity = student["parameters"]["total"], student["perplexity"]["value"]
+    assert f"| student | {total:,} | {perplexity:.2f} |" in card
+    assert "| distilled | preset makd, steps 8 of 4 records |" in card
+    merged = (folder / "student-merged" / "README.md").read_text()
+    assert "multiplied out" in merged and f"{perplexity:.2f}" in merged
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(
         samples[0]
