@@ -19,6 +19,7 @@ import typer
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, stop_at_signals
 from makd_llm.cli_plan import plan
+from makd_llm.cli_report import report
 from makd_llm.cli_slurm import slurm
 from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
@@ -201,6 +202,7 @@ def factorize(
 
 app.command()(generate)
 app.command()(plan)
+app.command()(report)
 app.add_typer(slurm, name="slurm")
 
 
