@@ -36,7 +36,6 @@ from makd_llm.factorize.ladder import name_of
 from makd_llm.files import write_json, write_whole
 from makd_llm.models.source import load_tokenizer
 from makd_llm.report.card import student_card
-from makd_llm.report.plots import stages_plot
 from makd_llm.train.build import build_prompts, build_recipe, build_records
 from makd_llm.train.engine import Frozen
 
@@ -92,7 +91,6 @@ class Evaluating:
         if asked.stages:
             value = {name: rows[name]["perplexity"]["value"] for name in folders}
             found["stages"] = self._steps(teacher, start, evaluation, value)
-            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
         distributed.on_main(self._write_card, student, found)
         distributed.on_main(write_json, self.dir / "evaluation.json", found)
 

@@ -80,6 +80,7 @@ class HeldOut(_Read):
 
     matrix_residuals: list[float | None]
     layer_residuals: list[float] = []
+    perplexity: dict[str, float] = {}
     tokens: int = 0
     data: str | None = ""
     stages: dict[str, float] | None = None
@@ -225,6 +226,11 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether this is a student that was cut without a run."""
+        return bool(self.factorization) and not (self.stages or self.config or self.metrics)
+
     def setting(self, path: str) -> Any:
         """A value of the config by its dotted path; None where there is none."""
         found: Any = self.config
@@ -244,7 +250,7 @@ class Run:
     def state(self) -> str:
         """How far it has come, in words."""
         if not self.stages:
-            return "a student cut without a run" if self.factorization else "stages unknown"
+            return "a student cut without a run" if self.is_bare else "stages unknown"
         if (last := self.stages.get(STAGES[-1])) and last.done:
             return "finished"
         under_way = [name for name, entry in self.stages.items() if not entry.done]

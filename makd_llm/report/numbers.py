@@ -6,7 +6,7 @@ from dataclasses import asdict
 from statistics import fmean, median
 from typing import Any
 
-from makd_llm.report.contents import Attention, Comparison, Factorization, ModelRow, Run
+from makd_llm.report.contents import Attention, Comparison, Factorization, ModelRow, Perplexity, Run
 from makd_llm.report.table import steps_of
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -47,10 +47,10 @@ def numbers_of(run: Run) -> dict[str, Any]:
 
 
 def models_of(run: Run) -> dict[str, dict[str, Any]]:
-    """Each model's size, perplexity and ROUGE, and the share of the teacher's that it keeps."""
-    if run.evaluation is None:
-        return {}
-    rows = run.evaluation.models
+    """Each model's size, perplexity and ROUGE, and the share of the teacher's that it keeps; before
+    an evaluation what the factorization says.
+    """
+    rows = run.evaluation.models if run.evaluation else _cut(run.factorization)
     teacher = rows.get("teacher")
     return {
         name: {
@@ -61,6 +61,20 @@ def models_of(run: Run) -> dict[str, dict[str, Any]]:
             "share_of_teacher": _share(row, teacher),
         }
         for name, row in rows.items()
+    }
+
+
+def _cut(found: Factorization | None) -> dict[str, ModelRow]:
+    """Sizes, and perplexities where they were measured on held-out text."""
+    if found is None:
+        return {}
+    measured = found.held_out.perplexity if found.held_out else {}
+    return {
+        "factorized" if name == "student" else name: ModelRow(
+            parameters=size,
+            perplexity=Perplexity(value=measured[name]) if name in measured else None,
+        )
+        for name, size in found.parameters.items()
     }
 
 
@@ -107,7 +121,8 @@ def objectives_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def level_of(run: Run, name: str) -> str:
     """The level of an objective, by its kind in the config, else by its own name."""
-    settings = (run.setting("distil.objectives") or {}).get(name)
+    objectives = run.setting("distil.objectives")
+    settings = objectives.get(name) if isinstance(objectives, Mapping) else None
     kind = settings.get("objective") if isinstance(settings, Mapping) else None
     return _BELOW.get(str(kind or name), "model")
 

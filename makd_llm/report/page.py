@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ from makd_llm.report.texts import AGAINST, side_by_side
 SHOWN_AT_FIRST = 8
 """Of several runs; a reader can show the others."""
 SAMPLES = 40
+REPORT = "report.html"
+SECTIONS = {
+    "summary": "Summary",
+    "training": "Training",
+    "speed": "Speed and memory",
+    "student": "Ranks and residuals",
+    "attention": "Attention",
+    "summaries": "Summaries",
+    "settings": "Settings",
+}
+"""By their templates' names, in the order of the page."""
 
 
 @dataclass
@@ -53,6 +65,11 @@ def read(folders: Sequence[Path]) -> Subject:
         return Subject(comparison.name or folders[0].resolve().name, runs, comparison)
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     return Subject(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", runs)
+
+
+def write_report(folder: Path) -> None:
+    """Writes report.html into a run's folder, or a student's that was cut without a run."""
+    write(read([folder]), folder / REPORT)
 
 
 def write(subject: Subject, out: Path, *, samples: int = SAMPLES) -> None:
@@ -75,6 +92,7 @@ def render(subject: Subject, *, samples: int = SAMPLES) -> str:
             runs=runs,
             found=found,
             several=len(runs) > 1,
+            sections=_sections(subject),
             comparison=subject.comparison,
             evaluation=next((run.evaluation for run in runs if run.evaluation), None),
             measured=next((r.attention for r in runs if r.attention and r.attention.models), None),
@@ -109,6 +127,7 @@ def render(subject: Subject, *, samples: int = SAMPLES) -> str:
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("makd_llm.report"),
@@ -130,6 +149,13 @@ def _environment() -> Environment:
 def _unless_none(say: Callable[..., str]) -> Callable[..., str]:
     """What is missing is an empty cell."""
     return lambda value, *more: "" if value is None else say(value, *more)
+
+
+def _sections(subject: Subject) -> dict[str, str]:
+    """What the page has: of a student that was cut without a run, no training and what follows."""
+    if len(subject.runs) == 1 and subject.runs[0].is_bare:
+        return {name: SECTIONS[name] for name in ("summary", "student")}
+    return SECTIONS
 
 
 def _template(name: str) -> str:

@@ -53,7 +53,7 @@ LIGHT = Theme(
     good="#00694a",
     bad="#a83200",
     mark="#fdeec9",
-    series=("#0066b3", "#bd4b00", "#007a58", "#a03d80", "#7a6400", "#4a5263"),
+    series=("#0066b3", "#e16c16", "#037e5b", "#a13e81", "#7b6502", "#444b5a"),
     heat=("#f2f6fb", "#5fa3d6", "#08306b"),
 )
 DARK = Theme(
@@ -67,7 +67,7 @@ DARK = Theme(
     good="#5fd0a8",
     bad="#ff9a6b",
     mark="#45360f",
-    series=("#66b5f6", "#f59a55", "#3fc79b", "#e08cc3", "#d8c048", "#c3cad6"),
+    series=("#66b5f6", "#f59a55", "#41cc9e", "#e08cc3", "#dec445", "#c5cdd9"),
     heat=("#1b212b", "#2f74ad", "#d6ebff"),
 )
 DASHES = ("", "6 3", "2 2.5")

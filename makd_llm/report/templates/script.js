@@ -49,7 +49,7 @@ if (samples.length > 1) {
 }
 
 // Only what can be scrolled is a stop of the tab key.
-const regions = [...document.querySelectorAll(".scroll, pre")];
+const regions = [...document.querySelectorAll(".scroll, pre, .document div")];
 const watch = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     target.tabIndex = target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight ? 0 : -1;
