@@ -8,6 +8,7 @@ there, or is not so, becomes a note in words. Numbers that are no numbers stay w
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -272,8 +273,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             f"{folder}: {what}; name a folder that `makd train` or `makd compare` has written"
         )
     run = Run(name or folder.resolve().name, folder)
-    run.config_text = _read(run, "config.yaml", str) or ""
-    run.config = _read(run, "config.yaml", _as(dict[str, Any], yaml.safe_load), silent=True) or {}
+    run.config = _read(run, "config.yaml", partial(_config, run)) or {}
     run.environment = _read(run, "environment.json", _as(dict[str, Any])) or {}
     run.stages = _read(run, "stages.json", _as(dict[str, StageEntry])) or {}
     run.metrics = _read(run, "metrics.jsonl", _lines(run, "metrics.jsonl", _metric)) or []
@@ -311,16 +311,22 @@ def title_of(row: Row) -> str:
     return f"{row.label or row.name}{keep}{seed}"
 
 
-def _read(run: Run, name: str, parse: Callable[[str], T], *, silent: bool = False) -> T | None:
+def _read(run: Run, name: str, parse: Callable[[str], T]) -> T | None:
     """A file's content; None, and a note, where it is missing or damaged."""
     try:
         return parse((run.folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if not silent:
-            run.notes.append(f"{name}: not there")
+        run.notes.append(f"{name}: not there")
     except (OSError, ValueError, yaml.YAMLError) as error:
         run.notes.append(f"{name}: {_in_words(error)}")
     return None
+
+
+def _config(run: Run, text: str) -> dict[str, Any]:
+    """The settings; the text is kept to be shown, also where it is none."""
+    run.config_text = text
+    found: dict[str, Any] = _as(dict[str, Any], yaml.safe_load)(text)
+    return found
 
 
 def _as(kind: Any, load: Callable[[str], Any] = json.loads) -> Callable[[str], Any]:

