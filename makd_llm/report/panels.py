@@ -58,13 +58,7 @@ def speeds(runs: Sequence[Run]) -> list[LineChart]:
     """Throughput and memory over time."""
     return [
         *_by_stage(runs, "tokens_per_second", "throughput, {stage}", "tokens/s", from_zero=True),
-        *_by_stage(
-            runs,
-            "peak_memory_MB",
-            "peak memory until then, {stage}",
-            "MB of a rank",
-            from_zero=True,
-        ),
+        *_by_stage(runs, "peak_memory_MB", "peak memory, {stage}", "MB", from_zero=True),
     ]
 
 
@@ -254,6 +248,7 @@ def _attention(name: str, found: Attention) -> AttentionPanel:
                 for layer, heads in zip(names, layers, strict=True)
             ],
             most=most,
+            say="{:.2f}".format if most >= 0.2 else "{:.3f}".format,
             note="by the student's query heads; both maps share one scale",
         )
         for model, layers in found.models.items()
@@ -272,7 +267,7 @@ def intervals(comparison: Comparison) -> list[IntervalChart]:
         title = "ROUGE-Lsum" + (f", keep {share:g}" if share is not None else "")
         bars = [_interval(row) for row in those]
         bars.sort(key=lambda bar: -bar[1])
-        if bars:
+        if any(row.keep_ratio == share for row in those):
             found.append(IntervalChart(title, bars))
     return found
 

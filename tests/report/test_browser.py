@@ -145,7 +145,7 @@ def test_it_works_without_scripts(browser: Any, reports: dict[str, Path]) -> Non
         assert page.locator("#filter").is_hidden(), "what needs a script is not there"
         line = page.locator("path.line").locator("xpath=..").and_(page.locator(".run-1")).first
         assert line.is_visible()
-        page.get_by_label("two").uncheck()
+        page.get_by_role("checkbox", name="two").uncheck()
         assert not line.is_visible(), "a run that is not chosen is taken off the charts"
 
 
