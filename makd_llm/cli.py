@@ -20,6 +20,7 @@ from makd_llm.cli_doctor import doctor
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, presets, stages
 from makd_llm.cli_plan import plan
+from makd_llm.cli_report import report
 from makd_llm.cli_slurm import slurm
 from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
@@ -209,6 +210,7 @@ def factorize(
 app.command()(generate)
 app.command()(plan)
 app.command()(doctor)
+app.command()(report)
 app.add_typer(slurm, name="slurm")
 
 

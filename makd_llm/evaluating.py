@@ -1,18 +1,30 @@
 """What a run's models are worth at its end: perplexity and ROUGE of the teacher, the factorized and
-the distilled student, and the student's card. Every function here is collective.
+the distilled student, how far the students' attention is from the teacher's, and the student's
+card. Every function here is collective.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from makd_llm import distributed
 from makd_llm.checkpoint.export import counts_of_folders
+from makd_llm.checkpoint.folder import read_config
 from makd_llm.config import RunConfig
 from makd_llm.cutting import Cutting
 from makd_llm.data.batch import pad_id_of
 from makd_llm.data.records import RecordList
+from makd_llm.errors import UserError
+from makd_llm.evaluation.attention import (
+    DIVERGENCE,
+    Divergences,
+    PairedLayer,
+    attention_divergence,
+    drawn,
+    paired_layers,
+)
 from makd_llm.evaluation.evaluate import (
     Evaluation,
     Settings,
@@ -24,7 +36,6 @@ from makd_llm.factorize.ladder import name_of
 from makd_llm.files import write_json, write_whole
 from makd_llm.models.source import load_tokenizer
 from makd_llm.report.card import merged_card, student_card
-from makd_llm.report.plots import stages_plot
 from makd_llm.train.build import build_prompts, build_recipe, build_records
 from makd_llm.train.engine import Frozen
 
@@ -46,7 +57,9 @@ class Evaluating:
         self.frozen, self.tell = frozen, tell
 
     def write(self, teacher: Path, start: Path, factorized: Path, student: Path) -> None:
-        """Writes evaluation.json, samples.jsonl and the student's card. start: what was cut."""
+        """Writes evaluation.json, attention.json, samples.jsonl and the student's card. start: what
+        was cut.
+        """
         asked = self.config.evaluation
         tokenizer = load_tokenizer(teacher)
         prompts = build_prompts(self.config.data, tokenizer)
@@ -70,8 +83,28 @@ class Evaluating:
             self.config.data.on_bad_record,
         )
         folders = {"teacher": teacher, "factorized": factorized, "student": student}
+        rows = self._measured(folders, evaluation)
+        rows[f"lead-{asked.lead_k}"] = evaluation.lead()
+        distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
+
+        found = {**evaluation.settings(), "models": rows}
+        if asked.stages:
+            value = {name: rows[name]["perplexity"]["value"] for name in folders}
+            found["stages"] = self._steps(teacher, start, evaluation, value)
+        distributed.on_main(self._write_card, student, found)
+        distributed.on_main(write_json, self.dir / "evaluation.json", found)
+
+    def _measured(self, folders: dict[str, Path], evaluation: Evaluation) -> dict[str, Any]:
+        """A row for each model; and attention.json. The teacher stays loaded for the latter, beside
+        one student at a time.
+        """
+        asked, sizes = self.config.evaluation, evaluation.sizes
         counts = distributed.on_main(counts_of_folders, folders)
+        layers, reason = self._compared(folders)
+        chosen = drawn(evaluation.examples, asked.attention_records, self.config.seed)
         rows: dict[str, Any] = {}
+        looked: dict[str, Divergences] = {}
+        teacher: Frozen | None = None
         for name, folder in folders.items():
             self.tell(f"evaluate: {name}")
             engine = self.frozen(folder, asked.batch_size)
@@ -82,24 +115,61 @@ class Evaluating:
             if asked.text:
                 rows[name]["text"] = evaluate_text(
                     engine,
-                    tokenizer,
+                    evaluation.tokenizer,
                     asked.text,
                     window=asked.text_window,
                     stride=asked.text_stride,
                     batch_size=asked.batch_size,
-                    pad_id=settings.pad_id,
+                    pad_id=sizes.pad_id,
+                )
+            if layers and name == "teacher":
+                teacher = engine
+                continue
+            if teacher:
+                impl = self.config.distil.kernels
+                looked[name] = attention_divergence(
+                    teacher, engine, layers, chosen, pad_id=sizes.pad_id, impl=impl
                 )
             engine.close()
-        rows[f"lead-{asked.lead_k}"] = evaluation.lead()
-        distributed.on_main(evaluation.write_samples, self.dir / "samples.jsonl")
+        if teacher:
+            teacher.close()
+        distributed.on_main(self._write_attention, layers, reason, looked, len(chosen))
+        return rows
 
-        found = {**evaluation.settings(), "models": rows}
-        if asked.stages:
-            value = {name: rows[name]["perplexity"]["value"] for name in folders}
-            found["stages"] = self._steps(teacher, start, evaluation, value)
-            distributed.on_main(stages_plot, found["stages"], self.dir / "stages.png")
-        distributed.on_main(self._write_card, student, found)
-        distributed.on_main(write_json, self.dir / "evaluation.json", found)
+    def _compared(self, folders: dict[str, Path]) -> tuple[list[PairedLayer], str | None]:
+        """The layers whose attention is compared, or none and why."""
+        if not self.config.evaluation.attention_records:
+            return [], None
+        student, teacher = (read_config(folders[name]) for name in ("student", "teacher"))
+        try:
+            return paired_layers(student, teacher, self.config.distil.layer_map), None
+        except UserError as error:
+            self.tell(f"evaluate: the attention is not compared: {error}")
+            return [], str(error)
+
+    def _write_attention(
+        self,
+        layers: list[PairedLayer],
+        reason: str | None,
+        looked: dict[str, Divergences],
+        records: int,
+    ) -> None:
+        """What was measured, or why not; nothing where it is switched off."""
+        path = self.dir / "attention.json"
+        if not layers and reason is None:
+            path.unlink(missing_ok=True)
+            return
+        found = {
+            "divergence": DIVERGENCE,
+            "unit": "nats per query, mean over all tokens of prompt and reference",
+            "records": records if layers else 0,
+            "tokens": max((found.tokens for found in looked.values()), default=0),
+            "seed": self.config.seed,
+            "not_measured": reason,
+            "layers": [asdict(layer) for layer in layers],
+            "models": {name: found.by_head for name, found in looked.items()},
+        }
+        write_json(path, found)
 
     def _write_card(self, student: Path, evaluation: dict[str, Any]) -> None:
         """README.md of the distilled student: how it was made, and what was measured."""

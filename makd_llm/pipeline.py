@@ -50,7 +50,7 @@ from makd_llm.offline import manifest
 from makd_llm.offline.read import TeacherCache
 from makd_llm.redaction import without_secrets_in
 from makd_llm.report.card import student_card
-from makd_llm.report.plots import factorization_plot
+from makd_llm.report.page import write_report
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
@@ -235,6 +235,7 @@ class Run:
             "evaluate", key, result, partial(self._evaluate, teacher, start, factorized, student)
         )
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
+        distributed.on_main(write_report, self.dir)
         if distributed.is_main():
             show_evaluation(evaluation)
 
@@ -549,7 +550,6 @@ class Run:
         """start: the model that is cut, the teacher or what `shape` made of it."""
         report = self.cutting.factors(teacher, start, result)
         distributed.on_main(write_json, self.dir / "factorization.json", report)
-        distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
         distributed.on_main(lambda: write_whole(result / "README.md", student_card(report)))
         if distributed.is_main():
             show(factorization_table(report))

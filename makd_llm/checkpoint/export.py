@@ -252,7 +252,7 @@ def _dense(reader: TensorReader, module: str) -> torch.Tensor:
     return multiply_factors(up, reader.get(f"{module}.down")).to(up.dtype)
 
 
-_OF_THE_FACTORED = ("README.md", "factorization.json", "factorization.png", "stages.png")
+_OF_THE_FACTORED = ("README.md", "factorization.json", "report.html")
 
 
 def _copy_companions(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:
