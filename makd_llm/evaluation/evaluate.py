@@ -4,7 +4,7 @@ writes.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,7 @@ class Evaluation:
         self.examples: list[Example] = [example for _, example in usable][:perplexity_records]
         self.records: list[Record] = [record for record, _ in usable][:rouge_records]
         self.texts: dict[str, list[str]] = {}
+        self.scores: dict[str, Mapping[str, Sequence[float]]] = {}
         if not usable:
             raise UserError(
                 "data.validation_split: no record is usable "
@@ -67,9 +68,12 @@ class Evaluation:
             )
 
     def rouge_of(self, name: str, texts: Sequence[str]) -> dict[str, float]:
-        """Mean ROUGE F1 (x 100) of texts for the records; keeps the texts for samples.jsonl."""
-        self.texts[name] = list(texts)
-        return rouge.score(texts, [record.references for record in self.records]).mean
+        """Mean ROUGE F1 (x 100) of texts for the records; keeps the texts for samples.jsonl, and
+        each record's scores.
+        """
+        found = rouge.score(texts, [record.references for record in self.records])
+        self.texts[name], self.scores[name] = list(texts), found.pairs
+        return found.mean
 
     def lead(self) -> dict[str, Any]:
         """The row of the lead-k baseline: the document's first k sentences."""
