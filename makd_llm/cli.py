@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from makd_llm.cli_compare import compare
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, stop_at_signals
 from makd_llm.cli_plan import plan
@@ -199,6 +200,7 @@ def factorize(
                     show(stages_table(report["held_out"]["stages"]))
 
 
+app.command()(compare)
 app.command()(generate)
 app.command()(plan)
 app.add_typer(slurm, name="slurm")
