@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -17,24 +18,81 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+Config = Annotated[Path, typer.Argument(help="The comparison's YAML, as configs/compare/*.")]
+Rows = Annotated[str | None, typer.Option("--rows", help="Only these rows: kd,makd; default: all.")]
+Keep = Annotated[str | None, typer.Option("--keep", help="Only these keep ratios: 0.5,0.3.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Only these seeds: 0,1.")]
+Folder = Annotated[
+    Path | None, typer.Option("--folder", help="Where it is made, instead of `folder`.")
+]
+Ds = Annotated[Path | None, typer.Option("--ds", help="DeepSpeed's JSON, instead of `ds`.")]
+
+
+class Asked:
+    """A comparison as the options ask for it. Raises UserError where it is wrong."""
+
+    def __init__(
+        self,
+        config: Path,
+        overrides: list[str],
+        ranks: int | None = None,
+        folder: Path | None = None,
+        ds: Path | None = None,
+    ) -> None:
+        from makd_llm.comparison.grid import build_grid
+        from makd_llm.config import load_comparison
+
+        given = {"folder": folder, "ds": ds}
+        changed = {name: value for name, value in given.items() if value is not None}
+        self.arguments = [
+            str(config),
+            *(f"--{name}={value}" for name, value in changed.items()),
+            *overrides,
+        ]
+        """Of the command that makes one of its rows."""
+        checked = load_comparison(config, overrides)
+        self.grid = build_grid(
+            checked.model_copy(update=changed | ({"ranks": ranks} if ranks else {}))
+        )
+
+    def part(self, rows: str | None, keep: str | None, seeds: str | None) -> "Grid":
+        """What of it was chosen."""
+        return self.grid.chosen(_listed(rows, str), _listed(keep, float), _listed(seeds, int))
+
+    def todo(self, rows: str | None, keep: str | None, seeds: str | None) -> "Todo":
+        """What of it is not there yet, checked."""
+        from makd_llm.comparison.checks import check
+        from makd_llm.comparison.record import Stamps
+
+        part, stamps = self.part(rows, keep, seeds), Stamps(self.grid)
+        for sentence in check(part, stamps):
+            _tell(sentence)
+        numbers = {item.place: number for number, item in enumerate(self.grid.runs)}
+        left = [item.place for item in part.needed() if not stamps.stands(item)]
+        return Todo(
+            any(place not in numbers for place in left),
+            tuple(sorted(numbers[place] for place in left if place in numbers)),
+        )
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Whether something that rows share is to be made, and the numbers of the rows that are."""
+
+    shared: bool
+    rows: tuple[int, ...]
+
+
 def compare(
-    config: Annotated[Path, typer.Argument(help="The comparison's YAML, as configs/compare/*.")],
+    config: Config,
     overrides: Overrides = None,
-    rows: Annotated[
-        str | None, typer.Option("--rows", help="Only these rows: kd,makd; default: all.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option("--keep", help="Only these keep ratios: 0.5,0.3.")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Only these seeds: 0,1.")] = None,
+    rows: Rows = None,
+    keep: Keep = None,
+    seeds: Seeds = None,
+    folder: Folder = None,
+    ds: Ds = None,
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="Processes of a row, instead of `ranks`.")
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where it is made, instead of `folder`.")
-    ] = None,
-    ds: Annotated[
-        Path | None, typer.Option("--ds", help="DeepSpeed's JSON, instead of `ds`.")
     ] = None,
     row: Annotated[
         str | None,
@@ -55,14 +113,8 @@ def compare(
     """Compares what a student can learn from one teacher, at equal tokens. Killed at any moment,
     the same command goes on. KEY.PATH=VALUE are settings of all rows, as of `makd train`.
     """
-    from makd_llm.comparison.grid import build_grid
-    from makd_llm.config import load_comparison
-
-    checked = load_comparison(config, overrides or [])
-    given = {"ranks": ranks, "folder": folder, "ds": ds}
-    changed = {name: value for name, value in given.items() if value is not None}
-    grid = build_grid(checked.model_copy(update=changed))
-    part = grid.chosen(_listed(rows, str), _listed(keep, float), _listed(seeds, int))
+    asked = Asked(config, overrides or [], ranks, folder, ds)
+    grid, part = asked.grid, asked.part(rows, keep, seeds)
     stop_at_signals()
     from makd_llm import distributed
 
@@ -82,12 +134,7 @@ def compare(
     if dry_run:
         show_grid(part, results(part))
         return
-    failed: dict[str, str] = {}
-    if not collect:
-        # What a row's own process is started with; it knows by its name which one it is.
-        own = [f"--{name}={value}" for name, value in changed.items()]
-        arguments = ["compare", str(config), *own, *(overrides or [])]
-        failed = _make(grid, part, arguments)
+    failed = {} if collect else _make(grid, part, ["compare", *asked.arguments])
     found = publish(grid)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
