@@ -144,11 +144,14 @@ def _caveats(found: Mapping[str, Any]) -> list[str]:
     said = []
     if found["equal_tokens"]["equal"] is False:
         said.append("The rows did not see the same tokens, so they cannot be compared.")
-    for state, words in (("failed", "failed"), ("waiting", "are not made yet")):
-        count = sum(row["state"] == state for row in found["rows"])
-        if count:
-            rows = _counted(len(found["rows"]), "row")
-            said.append(f"Of {rows} {count} {words}.")
+    rows = _counted(len(found["rows"]), "row")
+    failed, waiting = (
+        sum(row["state"] == state for row in found["rows"]) for state in ("failed", "waiting")
+    )
+    if failed:
+        said.append(f"{failed} of {rows} failed.")
+    if waiting:
+        said.append(f"{waiting} of {rows} {'is' if waiting == 1 else 'are'} not made yet.")
     return said
 
 

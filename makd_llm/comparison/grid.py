@@ -204,7 +204,11 @@ def _taught(config: CompareConfig, base: RunConfig) -> dict[str, Any]:
 
 
 def _run_config(config: CompareConfig, above: dict[str, Any], where: str) -> RunConfig:
-    return validated(RunConfig, merged(config.run, above), where)
+    try:
+        return validated(RunConfig, merged(config.run, above), where)
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if said.startswith(where) else f"{where}: {said}") from None
 
 
 def _check_common(config: CompareConfig) -> None:
