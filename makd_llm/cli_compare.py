@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -113,8 +113,8 @@ def compare(
     """Compares what a student can learn from one teacher, at equal tokens. Killed at any moment,
     the same command goes on. KEY.PATH=VALUE are settings of all rows, as of `makd train`.
     """
-    asked = Asked(config, overrides or [], ranks, folder, ds)
-    grid, part = asked.grid, asked.part(rows, keep, seeds)
+    wanted = Asked(config, overrides or [], ranks, folder, ds)
+    grid, part = wanted.grid, wanted.part(rows, keep, seeds)
     stop_at_signals()
     from makd_llm import distributed
 
@@ -134,22 +134,34 @@ def compare(
     if dry_run:
         show_grid(part, results(part))
         return
-    failed = {} if collect else _make(grid, part, ["compare", *asked.arguments])
+    if not collect:
+        _make(grid, part, ["compare", *wanted.arguments])
     found = publish(grid)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         show_comparison(found)
+    _say_failures(grid, part, found)
+
+
+def _say_failures(grid: "Grid", part: "Grid", found: dict[str, Any]) -> None:
+    """Raises RowsFailed where one of the part's rows could not be made."""
+    asked = {row.words for row in part.rows}
+    failed = {
+        row.words: value["error"]
+        for row, value in zip(grid.rows, found["rows"], strict=True)
+        if row.words in asked and value["state"] == "failed"
+    }
     if failed:
-        place, error = next(iter(failed.items()))
+        name, error = next(iter(failed.items()))
         raise RowsFailed(
-            f"{len(failed)} of the runs failed, first {place}: {error}; the others stand, and the "
-            "same command tries these again"
+            f"{len(failed)} of {len(asked)} rows failed, first {name}: {error}; the others stand, "
+            "and makd compare tries these again"
         )
 
 
-def _make(grid: "Grid", part: "Grid", arguments: list[str]) -> dict[str, str]:
-    """Makes the rows of a part of the grid; the errors of those that failed, by place."""
+def _make(grid: "Grid", part: "Grid", arguments: list[str]) -> None:
+    """Makes the rows of a part of the grid."""
     from makd_llm.comparison.checks import check
     from makd_llm.comparison.launching import launcher, make
     from makd_llm.comparison.record import Stamps
@@ -159,7 +171,7 @@ def _make(grid: "Grid", part: "Grid", arguments: list[str]) -> dict[str, str]:
         for sentence in check(part, Stamps(grid)):
             _tell(sentence)
         ranks = grid.config.ranks
-        return make(
+        make(
             grid,
             part.needed(),
             lambda item: launcher(ranks, [*arguments, "--row", item.place]),

@@ -11,6 +11,7 @@ from makd_llm.evaluation.significance import adjusted
 
 LEVEL = 0.05
 METRIC = "rougeLsum"
+PER_TOKEN = "nats_per_token"
 FULL = "makd"
 ORDERS = {
     "Of the levels by themselves": ("makd-matrix", "makd-layer", "makd-model"),
@@ -72,12 +73,14 @@ def _best(learning: Groups) -> str:
     )
 
 
-def _tests(learning: Groups, reference: str) -> dict[str, tuple[float, float]]:
+def _tests(
+    learning: Groups, reference: str, metric: str = METRIC
+) -> dict[str, tuple[float, float]]:
     """name -> its difference from the reference, and the adjusted p."""
     tests = {
-        name: group["against"][reference][METRIC]
+        name: group["against"][reference][metric]
         for name, group in learning.items()
-        if reference in group["against"]
+        if metric in group["against"].get(reference, {})
     }
     p_values = adjusted([test["p"] for test in tests.values()])
     return {n: (t["difference"], p) for (n, t), p in zip(tests.items(), p_values, strict=True)}
@@ -118,6 +121,9 @@ def _full_method(learning: Groups, reference: str) -> str:
     perplexity = f"; perplexity {full['perplexity']:.2f}" + (
         f" against {other['perplexity']:.2f}" if other else ""
     )
+    if PER_TOKEN in full["against"][reference]:
+        _, p_of_it = _tests(learning, reference, PER_TOKEN)[FULL]
+        perplexity += f" (adjusted p {p_of_it:.3f})"
     seconds = ""
     if other and other["seconds"]:
         seconds = f", in {full['seconds'] / other['seconds']:.2f} times the seconds"

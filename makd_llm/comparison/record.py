@@ -16,6 +16,12 @@ from makd_llm.data.records import content_of
 from makd_llm.files import sample_of_folder, write_json
 from makd_llm.redaction import without_secrets
 
+UNUSED = {
+    "sft": {"student", "distil", "evaluation", "merge"},
+    "baselines": {"distil", "merge"},
+    "evaluate": set[str](),
+}
+"""The sections of a config that a run does not come to, by its last stage."""
 State = Literal["running", "done", "failed"]
 FILE = "row.json"
 
@@ -64,7 +70,7 @@ class Stamps:
         """The stamp that the item's run would have now."""
         needs = None if item.needs is None else self._grid.shared[item.needs]
         given = {
-            "config": item.config.model_dump(mode="json"),
+            "config": item.config.model_dump(mode="json", exclude=UNUSED[item.until]),
             **self._common,
             "needs": None if needs is None else self.of(needs),
             "files": None if needs is None else self._files(needs),

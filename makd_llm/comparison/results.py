@@ -20,6 +20,8 @@ from makd_llm.evaluation.significance import METHODS, Scores, mean_interval, pai
 from makd_llm.files import write_json, write_whole
 
 METRICS = ("rouge1", "rouge2", "rougeLsum")
+PER_TOKEN = "nats_per_token"
+"""The logarithm of the perplexity, as a mean over documents: what tests are made of."""
 NUMBERS = ("parameters", "tokens", "seconds", "peak_memory_MB", "perplexity")
 
 
@@ -128,7 +130,7 @@ def _measures(
         ]
         if pairs:
             own, theirs = (_scores([pair[side] for pair in pairs]) for side in (0, 1))
-            against[name] = {m: asdict(paired_difference(own[m], theirs[m])) for m in METRICS}
+            against[name] = {m: asdict(paired_difference(own[m], theirs[m])) for m in own}
     return {
         **{metric: asdict(mean_interval(scores[metric])) for metric in METRICS},
         "share_of_teacher": share or None,
@@ -137,9 +139,13 @@ def _measures(
 
 
 def _scores(those: Sequence[Found]) -> dict[str, Scores]:
-    """metric -> (seeds, documents)."""
-    measured = [one.measured.scores for one in those if one.measured]
-    return {metric: np.array([scores[metric] for scores in measured]) for metric in METRICS}
+    """metric -> (seeds, documents); nats are shares of the mean per token, which their mean is."""
+    measured = [one.measured for one in those if one.measured]
+    found = {metric: np.array([m.scores[metric] for m in measured]) for metric in METRICS}
+    if all("nats" in m.scores for m in measured):
+        nats = np.array([m.scores["nats"] for m in measured])
+        found[PER_TOKEN] = nats * nats.shape[1] / measured[0].row["perplexity"]["tokens"]
+    return found
 
 
 def _means(those: Sequence[Found]) -> dict[str, float]:
@@ -163,7 +169,7 @@ def equal_tokens(rows: Sequence[Found]) -> dict[str, Any]:
             f"TOKENS DIFFER: {one.row.words} saw {sum(one.tokens):,}, {other.row.words} "
             f"{sum(other.tokens):,}"
         )
-        more = f", and {len(differing) - 1} more rows differ" if len(differing) > 1 else ""
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
         return {"equal": False, "said": said + more + "."}
     counts = {sum(one.tokens) for one in first.values()}
     each = " or ".join(f"{count:,}" for count in sorted(counts))

@@ -61,6 +61,7 @@ class Evaluation:
         self.records: list[Record] = [record for record, _ in usable][:rouge_records]
         self.texts: dict[str, list[str]] = {}
         self.scores: dict[str, Mapping[str, Sequence[float]]] = {}
+        """By model: ROUGE of every record, and the nats of every example."""
         if not usable:
             raise UserError(
                 "data.validation_split: no record is usable "
@@ -131,7 +132,9 @@ def evaluate_model(evaluation: Evaluation, name: str, model: Model) -> dict[str,
         eos_ids=evaluation.prompts.eos_ids,
         pad_id=sizes.pad_id,
     )
-    return {"perplexity": _as_json(found), "rouge": evaluation.rouge_of(name, texts)}
+    row = {"perplexity": _as_json(found), "rouge": evaluation.rouge_of(name, texts)}
+    evaluation.scores[name] = {**evaluation.scores[name], "nats": found.each}
+    return row
 
 
 def evaluate_text(
@@ -160,4 +163,5 @@ def evaluate_text(
 
 def _as_json(found: Perplexity) -> dict[str, Any]:
     more = {"bits_per_byte": found.bits_per_byte} if found.utf8_bytes else {}
-    return {"value": found.value, **asdict(found), **more}
+    summed = {name: value for name, value in asdict(found).items() if name != "each"}
+    return {"value": found.value, **summed, **more}

@@ -20,7 +20,8 @@ class Measured:
     Attributes:
         row: as evaluation.json has it.
         texts: what it wrote, a text for each record.
-        scores: metric -> its value for each record, in the same order.
+        scores: metric -> its value for each record, in the same order; `nats` those of every
+            reference.
     """
 
     row: dict[str, Any]

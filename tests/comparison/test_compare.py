@@ -1,7 +1,7 @@
 """`makd compare` as a person runs it, on a tiny teacher: every row; killed in the midst."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +91,14 @@ def test_scores_are_those_of_the_samples(made: Path) -> None:
     samples = [json.loads(line) for line in (row / "samples.jsonl").open()]
     scored = rouge.score([s["student"] for s in samples], [s["references"] for s in samples])
     kept = json.loads((row / "measured" / "student.json").read_text())
+    nats = kept["scores"].pop("nats")
     assert kept["scores"] == {metric: list(values) for metric, values in scored.pairs.items()}
+    perplexity = kept["row"]["perplexity"]
+    assert len(nats) == 8 and sum(nats) == pytest.approx(perplexity["nats"])
+    others = json.loads((made / "rows/makd-keep0.5-seed0/measured/student.json").read_text())
+    difference = (sum(others["scores"]["nats"]) - sum(nats)) / perplexity["tokens"]
+    tested = row_of(comparison(made), "makd")["against"]["kd"]["nats_per_token"]
+    assert tested["difference"] == pytest.approx(difference)
 
 
 def test_what_stands_is_not_made_again_and_a_changed_setting_is(
@@ -104,44 +111,57 @@ def test_what_stands_is_not_made_again_and_a_changed_setting_is(
     assert "kd-keep0.5-seed0" in printed and "waiting" in printed and "done" not in printed
 
 
-def test_killed_and_resumed(made: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL to the command while a row learns; the same command goes on, and ends as a row that
-    was never disturbed. One row cannot be made, which does not stop the next.
-    """
-    broken, whole = made / "rows/kd-keep0.5-seed1", made.parent / "whole"
-    command = ["compare", str(config), "--rows", "kd,finetune", "--seeds", "1"]
+def test_a_row_over_its_seeds_and_one_that_fails(
+    made: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["compare", str(config), "--row", "kd-keep0.5-seed1"])
     blocked = made / "rows/finetune-keep0.5-seed1"
     blocked.mkdir(parents=True)
     (blocked / "student").write_text("no folder of a model")
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(config), "--row", "finetune-keep0.5-seed1"])
+    assert ended.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(config), "--collect", "--json"])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found == comparison(made)
+    assert "1 of 27 rows failed, first finetune-keep0.5-seed1: " in printed.err
+    failed = row_of(found, "finetune", 1)
+    assert failed["state"] == "failed" and str(blocked / "student") in failed["error"]
+    group = next(g for g in found["groups"] if g["name"] == "kd")
+    each = [row_of(found, "kd", seed)["perplexity"] for seed in (0, 1)]
+    assert group["seeds"] == [0, 1] and group["perplexity"] == pytest.approx(sum(each) / 2)
+    assert group["spread"]["perplexity"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    shutil.rmtree(blocked)
+
+
+def test_killed_and_resumed(made: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL to the command while a row learns: its processes save and end, and the same command
+    goes on from there.
+    """
+    row = made / "rows/kd-keep0.5-seed1"
+    command = ["compare", str(config), "--rows", "kd", "--seeds", "1", "distil.train.steps=30"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "makd_llm.cli", *command, "--rows", "kd"],
+        [sys.executable, "-m", "makd_llm.cli", *command],
         env=environment_alone() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(process, broken / "stages.json", '"distil"')
+        _wait_for(process, row / "metrics.jsonl", '"step": 4,')
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--json"])
-    assert ended.value.code == 1
-    printed = capsys.readouterr()
-    found = json.loads(printed.out)
-    assert found == comparison(made)
-    assert "1 of the runs failed, first rows/finetune-keep0.5-seed1" in printed.err
-    assert row_of(found, "finetune", 1)["state"] == "failed"
-    assert str(blocked / "student") in row_of(found, "finetune", 1)["error"]
-    assert row_of(found, "kd", 1)["state"] == "done"
-    group = next(g for g in found["groups"] if g["name"] == "kd")
-    each = [row_of(found, "kd", seed)["perplexity"] for seed in (0, 1)]
-    assert group["seeds"] == [0, 1] and group["perplexity"] == pytest.approx(sum(each) / 2)
-    assert group["spread"]["perplexity"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
-    os.rename(broken, whole)
-    main(["compare", str(config), "--row", "kd-keep0.5-seed1"])
-    weights = [(folder / "student/model.safetensors").read_bytes() for folder in (broken, whole)]
-    assert weights[0] == weights[1]
+    main(command)
+    assert "rows/kd-keep0.5-seed1: done in" in capsys.readouterr().err
+    assert "distil: resumed at step" in (row / "output.log").read_text()
+    steps = [json.loads(line)["step"] for line in (row / "metrics.jsonl").open()]
+    assert steps == list(range(1, 31))
+    found = row_of(comparison(made), "kd", 1)
+    assert found["state"] == "done" and found["tokens"] > 0
 
 
 def _wait_for(process: subprocess.Popen[bytes], path: Path, text: str) -> None:

@@ -75,9 +75,10 @@ def test_a_result_under_another_setting_does_not_stand(grid: Grid, config: Path)
     folder = grid.folder / item.place
     write_record(folder, Record("done", Stamps(grid).of(item), seconds=1.0))
     assert Stamps(grid).stands(item)
-    other = load_comparison(config, ["sft.train.steps=2"])
-    changed = build_grid(other.model_copy(update={"folder": grid.folder}))
-    assert not Stamps(changed).stands(changed.needed()[0])
+    for change, stands in (("sft.train.steps=2", False), ("distil.train.steps=9", True)):
+        other = load_comparison(config, [change]).model_copy(update={"folder": grid.folder})
+        changed = build_grid(other)
+        assert Stamps(changed).stands(changed.shared["shared/teacher"]) is stands
     (folder / "row.json").write_text("{")
     assert read_record(folder) is None and not Stamps(grid).stands(item)
 
