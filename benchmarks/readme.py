@@ -74,16 +74,16 @@ def _perplexity(value: float) -> str:
     return f"{value:,.1f}" if value < 1e5 else f"{value:.1e}"
 
 
-def columns(of: dict[str, str]) -> Callable[[list[Row]], str]:
-    """A table of some columns, under their headings."""
-    return lambda rows: _plain(rows, of)
+def columns(of: dict[str, str], said: str = "medians") -> Callable[[list[Row]], str]:
+    """A table of some columns, under their headings. said: of all figures, below it."""
+    return lambda rows: _plain(rows, of, said)
 
 
-def _plain(rows: list[Row], columns: dict[str, str]) -> str:
+def _plain(rows: list[Row], columns: dict[str, str], figures: str) -> str:
     lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
     first = rows[0]
-    said = f"({first['device']}, torch {first['torch']}, commit {first['commit']}; medians)"
+    said = f"({first['device']}, torch {first['torch']}, commit {first['commit']}; {figures})"
     return "\n".join([*lines, "", said])
 
 
@@ -142,6 +142,45 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
                 "peak_MB": "memory of a rank, MB",
                 "memory_to_kd": "of kd's",
                 "command_s": "seconds of the command",
+            }
+        ),
+    ),
+    "plan": (
+        "plan_cpu.csv",
+        columns(
+            {
+                "case": "model, ranks, records x tokens of a rank",
+                "predicted_MB": "predicted, MB",
+                "measured_MB": "measured, MB",
+                "ratio": "ratio",
+            },
+            said="one run each",
+        ),
+    ),
+    "plan_traffic": (
+        "plan_traffic_cpu.csv",
+        columns(
+            {
+                "case": "model, ranks, records x tokens of a rank",
+                "collective": "collective",
+                "predicted_MB": "predicted, MB",
+                "measured_MB": "DeepSpeed's comms logger, MB",
+                "ratio": "ratio",
+            },
+            said="one run each",
+        ),
+    ),
+    "scaling": (
+        "scaling_cpu.csv",
+        columns(
+            {
+                "way": "",
+                "step_s": "seconds a step",
+                "tokens_per_second": "tokens/s",
+                "times_1_rank": "of 1 rank",
+                "waiting_share": "share of waiting",
+                "beyond_twice_share": "share beyond 1 rank, twice",
+                "peak_MB": "peak of a rank, MB",
             }
         ),
     ),

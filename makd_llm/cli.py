@@ -18,13 +18,14 @@ import typer
 
 from makd_llm.cli_compare import compare
 from makd_llm.cli_generate import generate
-from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.cli_options import Debug, Overrides
 from makd_llm.cli_plan import plan
 from makd_llm.cli_slurm import slurm
 from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
 from makd_llm.files import FULL
 from makd_llm.redaction import without_secrets
+from makd_llm.signals import stop_at_signals
 from makd_llm.stages import STAGES
 
 # typer brings its own copy of click; this is the base of its usage errors, whichever click that is.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.cli_options import Debug, Overrides
 from makd_llm.errors import RowsFailed, UserError
+from makd_llm.signals import stop_at_signals
 
 if TYPE_CHECKING:
     from makd_llm.comparison.grid import Grid

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from makd_llm.cli_options import Debug, Overrides, stop_at_signals
+from makd_llm.cli_options import Debug, Overrides
 from makd_llm.errors import UserError
+from makd_llm.signals import stop_at_signals
 
 
 def generate(

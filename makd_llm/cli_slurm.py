@@ -240,13 +240,17 @@ def _check_runs(
     ds: Path, configs: tuple[str, ...], overrides: list[str], preset: str | None, ranks: int
 ) -> None:
     """What is wrong with a run is said here, and not after a night in the queue."""
+    from makd_llm.checks import check_settings
     from makd_llm.config import load_config
+    from makd_llm.train.build import build_shape
     from makd_llm.train.deepspeed_config import read_deepspeed_config, training_config
 
     deepspeed = read_deepspeed_config(ds)
     named = [] if preset is None else [f"distil.preset={preset}"]
-    for config in configs:
-        run = load_config(Path(config), [*named, *overrides])
+    for config in configs or (None,):
+        run = load_config(Path(config) if config else None, [*named, *overrides])
+        build_shape(run.student)
+        check_settings(run, deepspeed, ds)
         for section, stage in (("sft", run.sft), ("distil", run.distil)):
             if section == "distil" or run.sft.enabled:
                 training_config(

@@ -134,7 +134,7 @@ def _write(
         count=documents.n_pieces,
         expected=lambda number: len(documents.places(number)) * decoding.per_document,
     )
-    missing = distributed.on_main(pieces.begin, anew=task.anew)
+    missing = distributed.on_main(pieces.begin, tell if task.anew else None)
     if missing is None:
         tell(f"{pieces.file} stands")
     else:

@@ -272,3 +272,18 @@ def test_presets_are_run_as_a_user_does_and_steps_are_timed_in_turns(
     shown = {name: load("readme").TABLES[name][1] for name in ("presets", "step")}
     assert "| makd |" in shown["presets"](rows["presets_cpu"])
     assert "| makd everywhere |" in shown["step"](rows["step_cpu"])
+
+
+def test_scaling_is_told_apart_from_what_two_cores_lose_to_each_other(load) -> None:
+    module = load("scaling")
+    cases = {way: module.Case("tiny", ranks, 64) for way, (ranks, _) in module.WAYS.items()}
+    seconds = {"1 rank": [[4.0, 4.0]], "1 rank, twice": [[5.0], [5.0]], "2 ranks": [[8.0]] * 2}
+    found = {
+        way: [{"seconds": s, "waited": [2.0] * len(s), "peak_MB": 7.0} for s in ranks]
+        for way, ranks in seconds.items()
+    }
+    alone, twice, both = module.table(cases, found)
+    assert (alone["tokens_per_second"], alone["times_1_rank"]) == ("32", "1.00")
+    assert (twice["times_1_rank"], twice["waiting_share"]) == ("1.60", "")
+    assert (both["times_1_rank"], both["waiting_share"]) == ("1.00", "0.250")
+    assert (both["beyond_twice_s"], both["beyond_twice_share"]) == ("3.00", "0.375")

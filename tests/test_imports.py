@@ -14,7 +14,8 @@ COMMON = ("makd_llm.errors", "makd_llm.distributed", "makd_llm.memory")
 # Of all that is ours, the left imports nothing but itself, COMMON and the right.
 SEES_ONLY = {
     "makd_llm.errors": (),
-    "makd_llm.distributed": (),
+    "makd_llm.operators": (),
+    "makd_llm.distributed": ("makd_llm.operators",),
     # Read by every rank before anything of weight is imported.
     "makd_llm.cluster.slurm": (),
     "makd_llm.objectives": ("makd_kernels", "makd_llm.data.batch", "makd_llm.shown"),
@@ -71,6 +72,7 @@ SEEN_ONLY_BY = {
         "makd_llm.pipeline",
         "makd_llm.teacher_summaries",
         "makd_llm.comparison",
+        "makd_llm.cli_slurm",
     ),
     "makd_llm.testing": (),
 }
@@ -126,6 +128,7 @@ def test_there_is_something_to_check() -> None:
     source = (CHECKOUT / "makd_llm" / "distributed.py").read_text()
     assert set(imports_of_ours(source, "makd_llm.distributed")) == {
         "makd_llm.errors.Disconnected",
+        "makd_llm.operators",
         "makd_llm.errors.UserError",
     }
     assert (CHECKOUT / "kernels" / "makd_kernels" / "__init__.py").exists()

@@ -28,10 +28,11 @@ def _known() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    def member(kind: object, name: str) -> object:
+    def member(kind: Any, name: str) -> object:
         if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError("GLOBAL builtins.getattr")
-        return ZeroStageEnum[name]
+        found: object = ZeroStageEnum[name]
+        return found
 
     # Python 3.11.0 to 3.11.3 write a member of an enumeration as getattr(its class, its name)
     return [LossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]

@@ -14,6 +14,7 @@ Checkpoints of another config are set aside as `FOLDER.DIGEST` and taken back wh
 asked for again; they go when the stage is done.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -125,8 +126,8 @@ class Checkpoints:
 
     def about(self) -> dict[str, Any]:
         """What the newest checkpoint was made under; empty: there is none. For rank 0."""
-        newest = next(iter(self._listed()), None)
-        return {} if newest is None else _about(newest)
+        found = self._newest_about()
+        return {} if found is None else found[1]
 
     def belong_to(self, under: str) -> None:
         """Sets checkpoints that were made under another key aside, and takes those of this one
@@ -141,9 +142,10 @@ class Checkpoints:
             self.tell(f"checkpoint {folder}: removed, the stage is done under another config")
 
     def _belong_to(self, under: str) -> None:
-        newest = next(iter(self._listed()), None)
-        if newest is not None:
-            theirs = str(_about(newest).get("under"))
+        found = self._newest_about()
+        if found is not None:
+            newest, about = found
+            theirs = str(about.get("under"))
             if theirs == under:
                 return
             aside = self._aside(theirs if is_plain_name(theirs) else "unknown")
@@ -154,6 +156,13 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
             os.replace(self._aside(under), self.folder)
             self.tell(f"checkpoint {self.folder}: taken back, this is its config again")
+
+    def _newest_about(self) -> tuple[Path, dict[str, Any]] | None:
+        """Of the newest checkpoint whose own word about itself is whole; the others are damaged,
+        and `load` says so.
+        """
+        told = ((folder, _about(folder)) for folder in self._listed())
+        return next(((folder, about) for folder, about in told if about is not None), None)
 
     def _aside(self, under: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{under}")
@@ -178,9 +187,12 @@ class Checkpoints:
                 distributed.on_main(write_universal, folder, whole / folder.name)
                 with reading_universal(engine), plain_values_only(folder):
                     self._into(engine, whole / folder.name)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 shutil.rmtree(whole, ignore_errors=True)
-                raise UserError(self._unwritable(whole, error)) from error
+                failed = _as_os_error(error)
+                if not isinstance(failed, OSError):
+                    raise
+                raise UserError(self._unwritable(whole, failed)) from error
             distributed.on_main(shutil.rmtree, whole, ignore_errors=True)
         else:
             with plain_values_only(folder):
@@ -265,12 +277,17 @@ def _fresh(folder: Path, about: dict[str, Any]) -> None:
     write_whole(folder / ABOUT, json.dumps(about, indent=1))
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where that is not what its manifest names."""
     try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        written = (folder / ABOUT).read_bytes()
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest[ABOUT] != [len(written), hashlib.sha256(written).hexdigest()]:
+            return None
+        found = json.loads(written)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _ranks_of(folder: Path) -> int:

@@ -103,7 +103,8 @@ def memory_of(job: Job) -> Memory:
     }
     moments["reduction"] = {"captured states": last_states, "gradient messages": reduced}
     moments["update"] = {"optimizer's work": _update(job)}
-    return Memory({name: {**held, **parts} for name, parts in moments.items()}, host, disk)
+    whole = {name: held | _gradients(job, name) | parts for name, parts in moments.items()}
+    return Memory(whole, host, disk)
 
 
 def _held(job: Job) -> tuple[Parts, Parts, Parts]:
@@ -134,18 +135,45 @@ def _held(job: Job) -> tuple[Parts, Parts, Parts]:
     place["fp32 weights"] = part * MASTER
     place["Adam's moments"] = part * MOMENTS_OF_ADAM
     near = device if sharding.optimizer == "none" or job.on_cpu else host
-    near["gradients"] = part * sharding.gradient
+    if near is host:
+        host["gradients"] = part * sharding.gradient
     if sharding.optimizer == "cpu":
         place["fp32 gradients"] = part * 4
     if sharding.optimizer == "nvme":
         disk["fp32 gradients"] = part * 4
         # a sub-group's weights, gradients and two moments at a time
         near["swap buffers"] = near.get("swap buffers", 0) + 16 * min(part, sharding.sub_group)
-    bucket = sharding.reduce_bucket * sharding.buckets
-    if job.on_cpu:  # memory that nobody has written to is no memory there
-        bucket = min(sharding.reduce_bucket, student.numbers) if sharding.buckets else 0
-    device["gradient bucket"] = bucket * sharding.message
     return device, host, disk
+
+
+def _gradients(job: Job, moment: str) -> Parts:
+    """Of the student, on the device at a moment: what is accumulated, and the bucket that is filled
+    in the backward.
+
+    ZeRO-3 has room for both at all times. ZeRO-1 and 2 make them in the backward and let them go at
+    the update; ZeRO-1 adds whole gradients up before it reduces them, ZeRO-2 its part of them.
+    """
+    sharding, student = job.sharding, job.student
+    if sharding.stage == 3:
+        part, bucket = student.shard(job.ranks), True
+    else:
+        part = -(-student.numbers // job.ranks)
+        between = moment not in ("reduction", "update")
+        if between:
+            whole = student.numbers if sharding.stage == 1 else part
+            part = whole if job.accumulation > 1 else 0
+        elif moment == "update":
+            part = 0
+        bucket = moment == "reduction" or (moment == "backward" and not job.on_cpu)
+    if sharding.optimizer != "none" and not job.on_cpu:
+        part = 0  # in the host's memory
+    size = sharding.reduce_bucket * sharding.buckets
+    if job.on_cpu:  # memory that nobody has written to is no memory there
+        size = min(sharding.reduce_bucket, student.numbers) if sharding.buckets else 0
+    return {
+        "gradients": part * sharding.gradient,
+        "gradient bucket": size * sharding.message if bucket else 0,
+    }
 
 
 def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False, head: bool = True) -> int:

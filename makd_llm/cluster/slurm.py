@@ -181,11 +181,9 @@ def _directive(option: str) -> str:
 
 def _settings(job: Job) -> list[str]:
     """The shell's variables, quoted. Raises UserError for a wrong name of a variable."""
-    exports = []
     for name, value in job.variables:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
             raise UserError(f"--env {name}={value}: {name!r} is no name of a variable")
-        exports.append(f"export {name}={shlex.quote(value)}")
     return [
         f"modules={_array(job.modules)}",
         f"venv={shlex.quote(job.venv)}",
@@ -196,8 +194,8 @@ def _settings(job: Job) -> list[str]:
         f"seeds={_array([str(seed) for seed in job.seeds])}",
         f"runs={shlex.quote(job.runs)}",
         f"command={shlex.quote(job.command)}",
+        f"variables={_array([f'{name}={value}' for name, value in job.variables])}",
         f"arguments={_array(job.arguments)}",
-        *exports,
     ]
 
 

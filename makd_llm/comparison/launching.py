@@ -26,7 +26,7 @@ from makd_llm.report.progress import bar_if_watched
 
 LOG = "output.log"
 SECONDS_BETWEEN_LINES = 60.0
-_PR_SET_PDEATHSIG = 1
+_C, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def make(
@@ -91,7 +91,7 @@ def _run(command: list[str], folder: Path, watch: "_Watch") -> int:
             stdin=subprocess.DEVNULL,
             # Signals of a terminal come to this process, which hands on one of them.
             start_new_session=True,
-            preexec_fn=_end_with_the_parent,  # safe: this process has no other threads
+            preexec_fn=_end_with_the_parent,
         )
         with watch:
             try:
@@ -110,8 +110,10 @@ def _run(command: list[str], folder: Path, watch: "_Watch") -> int:
 
 
 def _end_with_the_parent() -> None:
-    """In the child: SIGTERM when the process that started it is gone, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child, before it is another program: SIGTERM when the process that started it is gone,
+    even by SIGKILL. One call into the C library, as little as can be between fork and exec.
+    """
+    _C.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_for_others(folder: Path, name: str, tell: Callable[[str], None]) -> None:

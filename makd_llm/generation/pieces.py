@@ -44,9 +44,9 @@ class Pieces:
         self.folder, self.file = folder, folder / f"{split}.jsonl"
         self._made_from, self._count, self._expected = made_from, count, expected
 
-    def begin(self, *, anew: bool = False) -> list[int] | None:
+    def begin(self, replacing: Callable[[str], None] | None = None) -> list[int] | None:
         """The pieces that are missing; None where the joined file stands. Raises UserError where
-        the folder holds something else, unless that is to be replaced (`anew`).
+        the folder holds other summaries, unless `replacing` is to be told so and they go.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +59,13 @@ class Pieces:
             if change is None and done and self.file.is_file():
                 self._remove_pieces()
                 return None
-            if change is not None and not anew:
+            if change is not None and replacing is None:
                 raise UserError(
                     f"{self.folder} holds summaries that were made otherwise: {change}; "
                     "name another folder, or delete this one"
                 )
-            if change is not None:
+            if change is not None and replacing is not None:
+                replacing(f"{self.folder}: written anew, as {change}")
                 self._remove_pieces()
         elif self.file.exists():
             raise UserError(

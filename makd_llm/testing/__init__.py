@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from makd_llm import distributed
+from makd_llm import distributed, operators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -281,7 +281,7 @@ class _Rank:
 def _start_rank(folder: Path, rank: int, world_size: int) -> _Rank:
     environment = (
         os.environ
-        | distributed.compiler_environment()
+        | operators.compiler_environment()
         | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

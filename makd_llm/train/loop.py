@@ -147,8 +147,8 @@ class Loop:
         self._set_multipliers()
         batches = self._batches()
         mine = counts_of(batches)
-        counts = torch.tensor([*mine.values(), len(stop)], dtype=torch.float64)
-        *totals, stopping = distributed.sum_over_ranks(counts).tolist()
+        counts = torch.tensor([*mine.values()], dtype=torch.float64)
+        totals = distributed.sum_over_ranks(counts).tolist()
         denominators = {u: max(n, 1.0) for u, n in zip(mine, totals, strict=True)}
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
@@ -188,7 +188,8 @@ class Loop:
                     **self._own_words(validation_loss),
                 },
             )
-        return bool(stopping > 0)
+        # Asked now and not with the counts: a signal gets no other step's time before it is saved.
+        return bool(distributed.sum_over_ranks(torch.tensor([float(len(stop))])).item())
 
     @contextmanager
     def _naming(self, batch: Batch) -> Iterator[None]:

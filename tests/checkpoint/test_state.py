@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from makd_llm.checkpoint import state
 from makd_llm.checkpoint.state import Checkpoints
 from makd_llm.errors import UserError
 from makd_llm.files import sha256_of
@@ -154,6 +155,33 @@ def test_another_number_of_ranks_goes_on_with_what_all_of_them_had(tmp_path: Pat
     assert "written by 2 ranks, goes on with 1" in said[0]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_a_full_disk_while_it_is_cut_for_other_ranks_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, tell=[].append)
+    checkpoints.save(Engine(3.0), 3, {"step": 3})  # type: ignore[arg-type]
+    folder = tmp_path / "c" / "step-00000003"
+    torch.save({}, folder / "zero_pp_rank_0_optim_states.pt")
+    torch.save(torch.load(folder / "rank-0.pt", weights_only=True), folder / "rank-1.pt")
+    sign(folder)
+
+    def full(checkpoint: Path, out: Path) -> None:
+        out.mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(state, "write_universal", full)
+    with pytest.raises(UserError, match=r"cannot be written .* step-00000003 stands; free some"):
+        checkpoints.load(Engine())  # type: ignore[arg-type]
+    assert [p.name for p in (tmp_path / "c").glob("step-*")] == [folder.name]
+
+
 class Full(Engine):
     """The disk takes no more."""
 
@@ -276,8 +304,28 @@ def test_what_says_nothing_of_its_config_is_set_aside_inside_the_folder(tmp_path
     checkpoints = under(folder, "aaa", said)
     checkpoints.save(Engine(1.0), 1, {"step": 1})  # type: ignore[arg-type]
     (folder / "step-00000001" / "about.json").write_text('{"under": "../../elsewhere"}')
+    sign(folder / "step-00000001")
     checkpoints.belong_to("aaa")
     assert sorted(p.name for p in folder.parent.iterdir()) == ["distil.unknown"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_what_a_damaged_one_says_of_itself_is_not_believed(tmp_path: Path, damage: str) -> None:
+    """Nor are sound ones before it thought to be of another config."""
+    said: list[str] = []
+    checkpoints = under(tmp_path / "distil", "aaa", said)
+    for step in (1, 2):
+        checkpoints.save(Engine(float(step)), step, {"step": step})  # type: ignore[arg-type]
+    about = tmp_path / "distil" / "step-00000002" / "about.json"
+    if damage == "flipped":
+        about.write_text(about.read_text().replace("aaa", "aab"))
+    else:
+        about.write_text("{") if damage == "cut" else about.unlink()
+    checkpoints.belong_to("aaa")
+    assert checkpoints.about()["step"] == 1 and not said
+    engine = Engine()
+    assert checkpoints.load(engine) is not None and engine.value == 1.0  # type: ignore[arg-type]
+    assert "about.json" in said[0] and "trying the one before it" in said[0]
 
 
 def sign(folder: Path) -> None:

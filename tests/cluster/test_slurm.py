@@ -106,10 +106,13 @@ def run_script(
     scontrol = f"""case $1 in
     show) echo n1; echo n2 ;;
     -o) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=$4" ;;
-    *) {note} scontrol "$@" >>{calls} ;;
+    *) {note} scontrol "$@" >>{calls}; exit ${{REFUSES-0}} ;;
     esac"""
+    seen = (
+        f'{shlex.quote(sys.executable)} -c "import json, os; print(json.dumps({{**os.environ}}))"'
+    )
     for name, body in {
-        "srun": f'{note} srun "$@" >>{calls}; exit {code}',
+        "srun": f'{note} srun "$@" >>{calls}; {seen} >{tmp_path}/seen; exit {code}',
         "scontrol": scontrol,
         "module": f'{note} module "$@" >>{calls}',
     }.items():
@@ -149,6 +152,36 @@ def test_only_what_was_stopped_by_a_signal_is_queued_again(
     ended, called, _ = run_script(tmp_path, render(Job(("--ds", "z.json"))), code=code)
     assert ended == code
     assert (["scontrol", "requeue", "7"] in called) == again
+
+
+def test_a_task_of_an_array_is_queued_again_by_itself(tmp_path: Path) -> None:
+    """By its job's number alone SLURM would take the last task for the whole array."""
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    sweep = render(Job(("--ds", "z"), configs=("a.yaml",), seeds=(0, 1, 2, 3)))
+    _, called, printed = run_script(tmp_path, sweep, code=75, **task)
+    assert ["scontrol", "requeue", "7_3"] in called
+    assert "job 7_3 is queued again" in printed
+
+
+def test_where_slurm_does_not_queue_it_again_it_says_so(tmp_path: Path) -> None:
+    code, _, printed = run_script(tmp_path, render(Job(("--ds", "z"))), code=75, REFUSES="1")
+    assert code == 75
+    assert "job 7 cannot be queued again: submit it again" in printed
+    assert "is queued again" not in printed
+
+
+def test_variables_for_the_ranks_outrule_the_scripts_own(tmp_path: Path) -> None:
+    given = {"MASTER_PORT": "29999", "MASTER_ADDR": "10.9.9.9", "OMP_NUM_THREADS": "8"}
+    by_hand = {"MAKD_VARIABLES": " ".join(f"{name}={value}" for name, value in given.items())}
+    rendered = render(Job(("--ds", "z"), variables=tuple(given.items())))
+    for script, environment in ((rendered, {}), (SCRIPT.read_text(), by_hand)):
+        run_script(tmp_path, script, "--ds", "z", **environment)
+        seen = json.loads((tmp_path / "seen").read_text())
+        assert {name: seen[name] for name in given} == given
+    run_script(tmp_path, SCRIPT.read_text(), MASTER_PORT="29999", RANK="4")
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert not {"MASTER_PORT", "RANK"} & set(seen), "left over where sbatch was called"
+    assert (seen["MASTER_ADDR"], seen["OMP_NUM_THREADS"]) == ("10.1.2.3", "1")
 
 
 def test_whatever_is_in_an_argument_arrives_as_it_is(tmp_path: Path) -> None:
@@ -257,6 +290,7 @@ def test_submit_prints_with_dry_run_and_hands_over_without(
         (["--container", "i", "--venv", "v"], "--container and --venv"),
         (["--env", "x"], "--env x: not of the form NAME=VALUE"),
         (["--env", "a b=c"], "'a b' is no name of a variable"),
+        (["evaluation.max_new_tokens=5000"], "half the window"),
         (["--sbatch=time=1"], "no option that an #SBATCH line"),
         (["--until", "dinner"], "--until dinner: not one of"),
     ],
@@ -281,6 +315,7 @@ def test_a_sweep_without_a_config_and_a_refusal_of_sbatch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for arguments, words in (
+        (["studnet.x=1"], "did you mean student?"),
         (["--seed", "1"], "--config is missing; a sweep's run folders have its name"),
         ([], "sbatch refused the job: sbatch: error: invalid partition no such queue"),
     ):

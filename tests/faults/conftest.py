@@ -34,7 +34,10 @@ def pytest_terminal_summary(
         text = " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         terminalreporter.write_line(text.rstrip())
     lost, times = sum(row.lost for row in rows), sum(row.times for row in rows)
-    terminalreporter.write_line(f"{times} faults, {lost} losses")
+    failed = len(terminalreporter.stats.get("failed", [])) or ""
+    terminalreporter.write_line(
+        f"{times} faults, {lost} losses" + (failed and f"; {failed} tests failed, and are not here")
+    )
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -251,8 +252,15 @@ def stopped(make: Make, name: str) -> Case:
     return case
 
 
+def copy(case: Case, name: str) -> Case:
+    """The same run in another folder."""
+    folder = case.dir.with_name(f"{case.dir.name}-{name}")
+    shutil.copytree(case.dir, folder)
+    return Case(case.tiny, folder, case.logs, case.steps)
+
+
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 100)
+    os.truncate(path, path.stat().st_size * 9 // 10)
 
 
 def flip(path: Path) -> None:
@@ -264,8 +272,8 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "damage", "words"),
     [
-        ("a truncated checkpoint file", truncate, "is truncated"),
-        ("a bit-flipped checkpoint file", flip, "is damaged (its SHA-256 differs)"),
+        ("a truncated checkpoint file, one of each kind", truncate, "is truncated"),
+        ("a bit-flipped one, one of each kind", flip, "is damaged (its SHA-256 differs)"),
     ],
 )
 def test_a_file_of_the_newest_checkpoint_is_damaged(
@@ -276,13 +284,17 @@ def test_a_file_of_the_newest_checkpoint_is_damaged(
     damage: Callable[[Path], None],
     words: str,
 ) -> None:
-    case = stopped(make, damage.__name__)
-    damage(next((case.checkpoints / "step-00000006").glob("*pp_rank_1*optim_states.pt")))
-    said = case.finish()
-    assert words in said and "trying the one before it" in said
-    lost = max(0, 4 - resumed(said))  # step 4 is the newest sound one
-    assert case.equals(undisturbed())
-    note(Row(fault, 1, lost, "says so; the one before it", SAME))
+    """DeepSpeed's, a rank's own, what the checkpoint says of itself, and the manifest."""
+    begun, lost = stopped(make, damage.__name__), 0
+    for name in ("*pp_rank_1*optim_states.pt", "rank-0.pt", "about.json", "manifest.json"):
+        case = copy(begun, name.partition(".")[0].strip("*"))
+        damage(next((case.checkpoints / "step-00000006").glob(name)))
+        said = case.finish()
+        assert (words if name != "manifest.json" else "step-00000006: its manifest") in said
+        assert "trying the one before it" in said
+        lost += max(0, 4 - resumed(said))  # step 4 is the newest sound one
+        assert case.equals(undisturbed())
+    note(Row(fault, 4, lost, "says so; the one before it", SAME))
     assert lost == 0
 
 

@@ -109,7 +109,9 @@ def test_other_settings_are_refused_and_named_or_replaced_where_asked(tmp_path: 
         other.begin()
     assert str(tmp_path) in str(caught.value)
     assert before.begin() == [2, 3], "and nothing is lost"
-    assert other.begin(anew=True) == [0, 1, 2, 3]
+    said: list[str] = []
+    assert other.begin(said.append) == [0, 1, 2, 3]
+    assert said == [f"{tmp_path}: written anew, as generation.beams changed from 4 to 5"]
 
 
 def test_a_file_of_someone_else_is_left_alone(tmp_path: Path) -> None:
@@ -140,9 +142,9 @@ def test_a_finished_file_that_went_is_written_again(tmp_path: Path) -> None:
 )
 def test_a_manifest_of_something_else_is_left_alone(tmp_path: Path, foreign: str) -> None:
     (tmp_path / "manifest.json").write_text(foreign)
-    for anew in (False, True):
+    for replacing in (None, print):
         with pytest.raises(UserError, match=r"manifest\.json: no manifest of summaries; name"):
-            pieces_in(tmp_path).begin(anew=anew)
+            pieces_in(tmp_path).begin(replacing)
     assert (tmp_path / "manifest.json").read_text() == foreign
 
 

@@ -101,18 +101,13 @@ def cluster() -> Iterator[Slurm]:
         _wait(lambda: slurm.run("sinfo", "-h", "-o", "%T %D").stdout == "idle 2\n", folder)
         yield slurm
     finally:
-        if slurm.run("scancel", "--full", "--user=root").returncode == 0:
-            with_jobs = ("squeue", "-h", "-t", "running,completing,pending")
-            _wait(lambda: slurm.run(*with_jobs).stdout == "", folder)
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-        for process in started:
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        shutil.rmtree(folder)
+        try:
+            if slurm.run("scancel", "--full", "--user=root").returncode == 0:
+                with_jobs = ("squeue", "-h", "-t", "running,completing,pending")
+                _wait(lambda: slurm.run(*with_jobs).stdout == "", folder)
+        finally:
+            _stop(started)
+            shutil.rmtree(folder)
 
 
 def _start_munge(folder: Path, started: list[subprocess.Popen[bytes]]) -> None:
@@ -175,6 +170,17 @@ def _start(command: list[str], log: Path, environment: dict[str, str]) -> subpro
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
+
+
+def _stop(started: list[subprocess.Popen[bytes]]) -> None:
+    for process in reversed(started):
+        process.send_signal(signal.SIGTERM)
+    for process in started:
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _wait(condition: Callable[[], bool], folder: Path, timeout: float = 60) -> None:

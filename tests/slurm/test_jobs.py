@@ -4,6 +4,7 @@ refusals.
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,13 @@ def test_a_job_that_nears_its_time_limit_saves_and_goes_on(
         *("distil.train.steps=100000", "--notice", "10", "--sbatch=--time=1"),
     )
     deadline = time.monotonic() + 400
-    while cluster.about(job)["Restarts"] == "0":
-        assert time.monotonic() < deadline, cluster.log(job)
+    while "distil: resumed at step" not in (log := cluster.log(job)):
+        assert time.monotonic() < deadline, log
         time.sleep(0.5)
     cluster.ask("scancel", job)
-    log = cluster.log(job)
-    assert f"job {job} is queued again" in log
+    (stopped,) = re.findall(r"stopped at step (\d+) of 100000, state saved", log)
+    assert f"makd: stopped by a signal (exit code 75); job {job} is queued again" in log
+    assert f"distil: resumed at step {stopped} of 100000" in log
 
 
 def test_a_cancelled_job_is_not_queued_again(cluster: Any, config: Path, tmp_path: Path) -> None:
@@ -120,6 +122,28 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(
     for path in (tmp_path / "runs").iterdir():
         assert (path / "factorized" / "model.safetensors").exists()
         assert f"seed: {path.name[-1]}\n" in (path / "config.yaml").read_text()
+
+
+def test_a_pre_empted_run_of_a_sweep_leaves_the_others_alone(
+    cluster: Any, config: Path, tmp_path: Path
+) -> None:
+    """The last one, whose number is also that of the whole array."""
+    runs = tmp_path / "runs"
+    job = cluster.submit(
+        *("--ds", ZERO3, "--config", str(config), "--seed", "3", "--seed", "5"),
+        *("--runs", str(runs), "--until", "distil", "distil.train.steps=100000"),
+    )
+    for seed in (3, 5):
+        wait_for_step(runs / f"several-seed{seed}", 2)
+    cluster.ask("scancel", "--signal=TERM", f"{job}_1")
+    deadline = time.monotonic() + 120
+    while cluster.about(f"{job}_1")["Restarts"] == "0":
+        assert time.monotonic() < deadline, cluster.log(f"{job}_1")
+        time.sleep(0.2)
+    other = cluster.about(f"{job}_0")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    assert f"job {job}_1 is queued again" in cluster.log(f"{job}_1")
+    cluster.ask("scancel", job)
 
 
 def test_the_script_by_hand_in_a_container(cluster: Any, config: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What the loop writes down and balances, with models and losses that are only numbers."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ import torch
 
 from makd_llm.data.batch import collate
 from makd_llm.data.schema import Example
+from makd_llm.errors import Interrupted
 from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.objectives.head import CrossEntropy, Timing
 from makd_llm.objectives.terms import hidden_term
@@ -21,7 +25,15 @@ BATCH = collate([Example("a", [1, 2, 3, 4], 2)], pad_id=0)
 SUMS = {"hidden": 12.0, "output": 6.0}  # over 4 tokens and 2 targets: means of 3
 
 
-def run(tmp_path: Path, objectives: Objectives, steps: int, **more: Any) -> list[dict[str, Any]]:
+def run(
+    tmp_path: Path,
+    objectives: Objectives,
+    steps: int,
+    *,
+    during: Callable[[], None] = lambda: None,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """The steps that are logged. during: called in each of them."""
     model = SimpleNamespace(
         engine=None, step=lambda: None, step_applied=True, gradient_norm=1.0, learning_rate=0.1
     )
@@ -31,6 +43,7 @@ def run(tmp_path: Path, objectives: Objectives, steps: int, **more: Any) -> list
     loop = Loop(model, objectives, loader, checkpoints, settings, tmp_path, **more)  # type: ignore[arg-type]
 
     def step(batch: Any, counts: dict[str, float]) -> Losses:
+        during()
         counted = [name for name in objectives.names if objectives.scale_of(name) > 0]
         return Losses(torch.zeros(()), {name: torch.tensor(SUMS[name]) for name in counted})
 
@@ -49,6 +62,11 @@ def test_what_was_learnt_between_two_logs_is_logged(tmp_path: Path) -> None:
     for line in lines:  # learnt on 1, 4 and 7
         assert line["loss/hidden"] == 3.0 and line["loss/output"] == 3.0
         assert line["loss"] == 3.0, "of this step: the hidden states did not count on it"
+
+
+def test_a_signal_in_a_step_stops_after_that_step(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped at step 1 of 8"):
+        run(tmp_path, made(), 8, during=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.mark.parametrize("timing", [{"warmup_steps": 6}, {"every": 2}])
