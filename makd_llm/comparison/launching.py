@@ -154,7 +154,7 @@ class _Watch:
         tell: Callable[[str], None],
     ) -> None:
         self.name, self.item, self.left, self.clock = name, item, left, clock
-        self.metrics, self.tell = folder / "metrics.jsonl", tell
+        self.folder, self.tell = folder, tell
         self._started = self._spoken = time.monotonic()
         self._bar = bar_if_watched(refreshing=False)
 
@@ -170,29 +170,33 @@ class _Watch:
 
     def look(self) -> None:
         """Shows what there is to be seen now."""
-        stage, step, steps = self._step()
         now = time.monotonic()
         left = self.clock.left(self.left, now - self._started)
-        said = f"all: {in_words(left)} left" if left is not None else "all: not known yet"
+        said = "left in all: " + (in_words(left) if left is not None else "known after a row")
         if self._bar:
-            self._bar.update(
-                self._task, completed=step, total=steps or None, said=f"{stage} {said}"
-            )
+            step, steps = self._step()
+            self._bar.update(self._task, completed=step, total=steps or None, said=said)
             self._bar.refresh()
         elif now - self._spoken >= SECONDS_BETWEEN_LINES:
             self._spoken = now
-            self.tell(
-                f"{self.name}: {stage} {step}/{steps}; {said}" if steps else f"{self.name}; {said}"
-            )
+            self.tell(f"{self.name}: {_last_line(self.folder / LOG)[:70]}; {said}")
 
-    def _step(self) -> tuple[str, int, int]:
-        """The stage that trains, its newest step, and its number of steps; 0: none yet."""
+    def _step(self) -> tuple[int, int]:
+        """The newest step of the stage that trains, and its number of steps; 0: none yet."""
         try:
-            with self.metrics.open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-                line = json.loads(file.read().splitlines()[-1])
-        except (OSError, ValueError, IndexError):  # none yet, or half a line
-            return "", 0, 0
+            line = json.loads(_last_line(self.folder / "metrics.jsonl"))
+        except ValueError:  # none yet, or half a line
+            return 0, 0
         config = self.item.config
         train = {"sft": config.sft.train, "distil": config.distil.train}[line["stage"]]
-        return line["stage"], line["step"], train.steps
+        return line["step"], train.steps
+
+
+def _last_line(path: Path) -> str:
+    """Of a text file that is being written; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            return file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
+    except FileNotFoundError:
+        return ""

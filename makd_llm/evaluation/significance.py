@@ -98,11 +98,8 @@ def _draws(scores_SN: Scores) -> Scores:
     """(B,): means of resampled documents, and seeds."""
     seeds, documents = scores_SN.shape
     times_BN, times_BS = _times_drawn(documents), _times_drawn(seeds)
-    means = [
-        np.einsum("bs,sn,bn->b", times_BS[chunk], scores_SN, times_BN[chunk], optimize=True)
-        for chunk in _chunks()
-    ]
-    draws_B: Scores = np.concatenate(means) / (seeds * documents)
+    sums = [((times_BN[c] @ scores_SN.T) * times_BS[c]).sum(axis=1) for c in _chunks()]
+    draws_B: Scores = np.concatenate(sums) / (seeds * documents)
     return draws_B
 
 

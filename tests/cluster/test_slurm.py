@@ -338,7 +338,7 @@ def test_each_task_of_a_comparison_makes_the_row_of_its_number(tmp_path: Path) -
     assert "#SBATCH --array=0-2,5,7-8%2" in rendered
     for script, arguments in ((SCRIPT.read_text(), ["c.yaml"]), (rendered, [])):
         for task, more in (("5", ["--row", "5"]), (None, [])):
-            array = {} if task is None else {"SLURM_ARRAY_TASK_ID": task}
+            array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": task} if task else {}
             code, called, printed = run_script(tmp_path, script, *arguments, **by_hand, **array)
             assert code == 0, printed
             assert ranks_command(called)[1:] == ["-m", "makd_llm.cli", "compare", "c.yaml", *more]

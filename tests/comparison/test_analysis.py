@@ -77,7 +77,7 @@ def test_it_says_what_the_table_says(found: Found) -> None:
     assert analysis_of(found) == (
         "At keep ratio 0.5 (59,000 tokens, seed 0), the scale is lead-3 22.50 and teacher 36.00 "
         "ROUGE-Lsum, and 4 rows learnt. The highest ROUGE-Lsum has makd (31.75, 30.50 to 33.00, "
-        "88.2% of the teacher's), the lowest perplexity makd-flat (11.50). Against kd in ROUGE- "
+        "88.2% of the teacher's), the lowest perplexity makd-flat (11.50). Against kd in ROUGE-"
         "Lsum (3 tests, adjusted), makd (+1.50) is above it and 2 do not differ. Against "
         "tinybert in ROUGE-Lsum (3 tests, adjusted), no row differs. makd is +1.50 (+1.00 to "
         "+2.00, adjusted p 0.012) from kd: it is better; perplexity 11.75 against 12.50, in "

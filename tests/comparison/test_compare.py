@@ -138,6 +138,7 @@ def test_a_row_over_its_seeds_and_one_that_fails(
     shutil.rmtree(blocked)
 
 
+@pytest.mark.timeout(600)
 def test_killed_and_resumed(made: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL to the command while a row learns: its processes save and end, and the same command
     goes on from there.
