@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from makd_llm.cli_compare import compare
 from makd_llm.cli_doctor import doctor
 from makd_llm.cli_generate import generate
 from makd_llm.cli_options import Debug, Overrides, presets, stages
@@ -207,6 +208,7 @@ def factorize(
                     show(stages_table(report["held_out"]["stages"]))
 
 
+app.command()(compare)
 app.command()(generate)
 app.command()(plan)
 app.command()(doctor)

@@ -263,5 +263,5 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    names = ("train", "factorize", "generate", "plan", "evaluate", "export", "slurm")
+    names = ("train", "factorize", "generate", "plan", "compare", "evaluate", "export", "slurm")
     assert all(name in printed for name in names)
