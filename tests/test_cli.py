@@ -99,9 +99,15 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["generate", "m", "--data", "d", "--out", "o", "data.x=1"], "unknown key data.x"),
         (["plan", "--teacher", "nowhere", "--ds", ZERO3], "nowhere: no model folder and no"),
         (["plan", "--teacher", "x", "--ds", ZERO3, "--gpu", "tpu"], "--gpu tpu: not one of h100"),
-        (["plan", "--teacher", "x", "--ds", ZERO3, "--flops", "0"], "--flops 0: expected more"),
+        (
+            ["plan", "--teacher", "x", "--ds", ZERO3, "--flops", "0"],
+            "--flops 0: expected a number, more than 0",
+        ),
         (["plan", "--teacher", "x", "--ds", ZERO3, "--nodes", "0"], "start at 1"),
-        (["plan", "--teacher", "x", "--ds", ZERO3, "--batch", "7"], "batch size 7 is not"),
+        (
+            ["plan", "--teacher", "x", "--ds", ZERO3, "--batch", "7"],
+            "a batch of 7 records has less than one for each of 8 ranks",
+        ),
         (["evaluate", "nowhere"], "nowhere/evaluation.json: missing"),
         (["export", "nowhere", "out", "--merge"], "nowhere"),
         (["export", "nowhere", "out", "--dtype", "int3"], "--dtype int3"),
