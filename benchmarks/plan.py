@@ -35,6 +35,9 @@ from measure import RESULTS, where, write
 from training import Case, Training, deepspeed_json, folders, launch, leave
 
 HERE = Path(__file__).resolve()
+MB = 10**6
+"""As `makd plan` prints its GB; makd_llm.memory counts 2^20."""
+
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
 
 
@@ -49,6 +52,7 @@ CASES = (
     Case("wide", 2, 256, ds="zero2.json"),
     Case("wide", 2, 256, ds="zero1.json"),
     Case("wide", 2, 256, ds="zero3_hpz.json"),
+    Case("wide", 2, 256, limit=5_000_000),
     Case("wide", 1, 1024),
     Case("smollm2", 1, 512, preset="kd"),
 )
@@ -119,8 +123,8 @@ def planned(case: Case, scratch: Path) -> dict[str, float]:
     )
     found = dict.fromkeys(COLLECTIVES, 0.0)
     for message in traffic_of(job):
-        found[message.collective] += message.logged / 2**20
-    return {**found, case.name: memory_of(job).peak / 2**20}
+        found[message.collective] += message.logged / MB
+    return {**found, case.name: memory_of(job).peak / MB}
 
 
 def measured_before(case: Case) -> tuple[Rows, Rows]:
@@ -150,7 +154,7 @@ def measured_now(case: Case, scratch: Path) -> tuple[Rows, Rows]:
             "case": case.name,
             "collective": collective,
             "predicted_MB": "",
-            "measured_MB": f"{logged / 2**20:.2f}",
+            "measured_MB": f"{logged / MB:.2f}",
             "ratio": "",
             **where("cpu"),
         }
@@ -168,7 +172,7 @@ def measure(case: Case, folder: Path) -> None:
     steps(replace(case, model="tiny", length=64, records=2), folder.parent, 2)
     baseline = Peak(distributed.device()).before
     found = steps(case, folder.parent, 3 if case.ranks > 1 else 2)
-    leave({**found, "baseline_MB": baseline}, folder)
+    leave({**found, "baseline_MB": _decimal(baseline)}, folder)
     distributed.shutdown()
 
 
@@ -186,9 +190,16 @@ def steps(case: Case, scratch: Path, count: int) -> dict[str, Any]:
         total = sum(size * found[0] for size, found in sizes.items())
         key = next((known for known in COLLECTIVES if name.startswith(known)), name)
         logged[key] = logged.get(key, 0) + total
-    found = {"peak_MB": peak.megabytes(), "logged": logged}
+    found = {"peak_MB": _decimal(peak.megabytes()), "logged": logged}
     training.close()
     return found
+
+
+def _decimal(mebibytes: float | None) -> float:
+    """In MB."""
+    if mebibytes is None:
+        raise SystemExit("this system does not say how much memory a process takes")
+    return mebibytes * 2**20 / MB
 
 
 if __name__ == "__main__":

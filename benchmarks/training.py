@@ -74,11 +74,15 @@ class Case:
     preset: str = "makd"
     records: int = 2
     keep: float = 0.5
+    limit: int = 0
+    """Numbers of a model that ZeRO-3 may leave whole (max_live_parameters, and as the distance of
+    max_reuse_distance), a tenth of them fetched ahead at a time; 0: DeepSpeed's own limits."""
 
     @property
     def name(self) -> str:
         tokens = f"{self.records} x {self.length}"
         said = f"{self.model} {self.ranks} ranks {tokens} {self.ds} {self.preset}"
+        said += f" limit {self.limit / 1e6:g} M" if self.limit else ""
         return said + (" checkpointed" if self.checkpointing else "")
 
 
@@ -89,6 +93,12 @@ def deepspeed_json(case: Case) -> dict[str, Any]:
     )
     if "zero_hpz_partition_size" in given["zero_optimization"]:
         given["zero_optimization"]["zero_hpz_partition_size"] = case.ranks
+    if case.limit:
+        given["zero_optimization"] |= {
+            "stage3_max_live_parameters": case.limit,
+            "stage3_max_reuse_distance": case.limit,
+            "stage3_prefetch_bucket_size": case.limit // 10,
+        }
     return given
 
 

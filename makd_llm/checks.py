@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from makd_kernels.dispatch import why_not_triton
 from makd_llm import distributed
 from makd_llm.checkpoint.folder import read_config
@@ -163,11 +165,16 @@ def check_teacher(folder: Path, config: RunConfig) -> None:
 
 def check_windows(folder: Path, windows: dict[str, int]) -> None:
     """Windows, by the names of their settings, beyond the model's positions. Raises UserError."""
-    positions = getattr(read_config(folder), "max_position_embeddings", None)
+    check_positions(read_config(folder), str(folder), windows)
+
+
+def check_positions(config: PreTrainedConfig, name: str, windows: dict[str, int]) -> None:
+    """The same of a model whose config is at hand. Raises UserError."""
+    positions = getattr(config, "max_position_embeddings", None)
     for key, window in windows.items():
         if positions is not None and window > positions:
             raise UserError(
-                f"{key} is {window}, but {folder} has only {positions} positions "
+                f"{key} is {window}, but {name} has only {positions} positions "
                 "(max_position_embeddings); lower it"
             )
 

@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         _end("interrupted; run the same command again to go on", 75)
     except OSError as error:
         if debug or error.errno not in FULL:
-            _fail()
+            _fail(debug=debug)
         where = error.filename or "a file of the run"
         _end(
             f"{where}: {error.strerror}; free some space or mend its rights, and the same command "
@@ -286,18 +286,21 @@ def main(arguments: list[str] | None = None) -> None:
             2,
         )
     except Exception:  # noqa: BLE001 - whatever it is, it ends this rank
-        _fail()
+        _fail(debug=debug)
 
 
-def _fail() -> NoReturn:
+def _fail(*, debug: bool) -> NoReturn:
     """What is raised is a defect of the program: its traceback, and the end of this rank. One of
     several ends at once: to leave the group in good order it would wait for the others.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if debug and not several:
         raise
     sys.stdout.flush()
     print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-    os._exit(1)
+    if several:
+        os._exit(1)
+    sys.exit(1)
 
 
 def _end(message: str, code: int, *, alone: bool = False) -> None:

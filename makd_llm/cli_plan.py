@@ -1,6 +1,7 @@
 """`makd plan`: memory, traffic and time of a distillation, before anything is asked for."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,9 @@ from makd_llm.errors import UserError
 def plan(
     teacher: Annotated[Path, typer.Option(help="The teacher's folder, or its config.json.")],
     ds: Annotated[Path, typer.Option("--ds", help="DeepSpeed's JSON.")],
-    keep: Annotated[float, typer.Option(help="Share of the matrices that the student keeps.")] = (
-        0.5
-    ),
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the matrices that the student keeps: 0.5.")
+    ] = None,
     student: Annotated[
         Path | None, typer.Option(help="Or the student's folder or config.json.")
     ] = None,
@@ -35,14 +36,16 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With gradient checkpointing.")
     ] = False,
-    rank_multiple: Annotated[int, typer.Option(help="All ranks are multiples of it.")] = 16,
+    rank_multiple: Annotated[
+        int | None, typer.Option(help="All of a student's ranks are multiples of it: 16.")
+    ] = None,
     memory: Annotated[float | None, typer.Option(help="GB of a device, in GPU's place.")] = None,
     flops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a device reaches, as measured.")
     ] = None,
     bandwidth: Annotated[float | None, typer.Option(help="GB/s of a device's memory.")] = None,
     link: Annotated[
-        float | None, typer.Option(help="GB/s that a device sends to another machine.")
+        float | None, typer.Option(help="GB/s to other machines of one adapter; a device has one.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="A .png of memory and speed on 1 to 1,024 devices.")
@@ -60,6 +63,8 @@ def plan(
     from makd_llm.planning import build_job
     from makd_llm.report.plan import plan_plot, show_plan
 
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UserError(f"--plot {plot}: name a .png in a folder that is there")
     machine = machine_named(gpu)
     for name, given in (
         ("memory", memory),
@@ -67,8 +72,8 @@ def plan(
         ("bandwidth", bandwidth),
         ("link", link),
     ):
-        if given is not None and given <= 0:
-            raise UserError(f"--{name} {given:g}: expected more than 0")
+        if given is not None and not 0 < given < math.inf:
+            raise UserError(f"--{name} {given:g}: expected a number, more than 0")
     machine = replace(
         machine,
         memory=memory * 1e9 if memory else machine.memory,
@@ -94,9 +99,9 @@ def plan(
         on_cpu=machine.on_cpu,
     )
     found = planned(job, machine)
-    scaling = scaled(job, machine, gpus) if as_json or plot else []
+    scaling = scaled(job, machine) if as_json or plot else []
     if plot is not None:
-        plan_plot(scaling, machine.name, found.room, plot)
+        plan_plot(scaling, found, plot)
     if as_json:
         print(json.dumps(everything(found, notes, scaling), indent=1))
     else:

@@ -15,6 +15,7 @@ from makd_llm.cli_options import Debug, Overrides
 from makd_llm.cluster.slurm import RUNNERS, Job, render
 from makd_llm.cluster.slurm import submit as hand_to_sbatch
 from makd_llm.errors import UserError
+from makd_llm.redaction import names_a_secret, without_secrets
 from makd_llm.stages import STAGES
 
 slurm = typer.Typer(help="Runs as batch jobs of SLURM.", no_args_is_help=True)
@@ -203,9 +204,13 @@ def _job(
     container: str,
     runner: str,
     variables: list[str],
+    options: tuple[str, ...],
     **more: Any,
 ) -> Job:
     """A job as the options ask for it. Raises UserError."""
+    for option in options:
+        if (shown := without_secrets(option)) != option:
+            raise _secret(f"--sbatch={shown}")
     if runner not in RUNNERS:
         raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
     if container and venv:
@@ -220,6 +225,7 @@ def _job(
         # With modules too: what they load is for this Python to find.
         python="python" if container or venv else sys.executable,
         variables=tuple(_pair(given) for given in variables),
+        options=options,
         **more,
     )
 
@@ -262,4 +268,13 @@ def _pair(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals:
         raise UserError(f"--env {shlex.quote(given)}: not of the form NAME=VALUE")
+    if names_a_secret(name) or without_secrets(value) != value:
+        raise _secret(f"--env {name}")
     return name, value
+
+
+def _secret(given: str) -> UserError:
+    return UserError(
+        f"{given} looks like a secret, which would stand in the script that SLURM keeps; leave it "
+        "out and set it in the environment, which sbatch hands on by itself"
+    )

@@ -10,6 +10,7 @@ gone, and the same command goes on from the last checkpoint.
 some 30 seconds later.)
 """
 
+import errno
 import json
 import signal
 import time
@@ -21,12 +22,20 @@ import torch
 
 from makd_llm import distributed
 from makd_llm.errors import OutOfMemory, RankFailed, RunEnded
+from makd_llm.redaction import without_secrets
 
 WORD = "failure.json"
 PATIENCE = 2.0
 """Seconds until a word that another rank has written is seen here, on a shared file system too."""
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad alloc")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",  # C++
+    "_status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER and cuSPARSE
+)
 
 
 @contextmanager
@@ -49,7 +58,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was missing, of the accelerator or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | OSError) and any(
         words in str(error).lower() for words in _OUT_OF_MEMORY
     )
 
@@ -77,7 +88,8 @@ def _leave_word(run_dir: Path, text: str, exit_code: int) -> None:
     """The first word stays; a disk that takes none is no reason to fail otherwise."""
     try:
         with (run_dir / WORD).open("x", encoding="utf-8") as file:
-            json.dump({"rank": distributed.rank(), "says": text, "exit_code": exit_code}, file)
+            word = {"rank": distributed.rank(), "says": without_secrets(text)}
+            json.dump({**word, "exit_code": exit_code}, file)
     except OSError:
         return
 
@@ -97,4 +109,6 @@ def _word_of_another(run_dir: Path) -> RankFailed | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Without secrets, of which half might be left where it is cut."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return without_secrets(line)[:300]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from makd_llm.checks import check_positions
 from makd_llm.cluster.activations import captured
 from makd_llm.cluster.job import Job
 from makd_llm.cluster.plan import Plan, room
@@ -23,8 +24,8 @@ def build_job(
     ds: Path,
     *,
     preset: str = "makd",
-    keep: float = 0.5,
-    rank_multiple: int = 16,
+    keep: float | None = None,
+    rank_multiple: int | None = None,
     student: Path | None = None,
     nodes: int = 1,
     gpus: int = 1,
@@ -38,12 +39,22 @@ def build_job(
     """The job, and what of it is not counted, in sentences.
 
     teacher, student: a model's folder or config.json; without a student's, it is one that keeps
-    `keep` of every matrix. batch: records of an optimizer step over all ranks; micro_batch: of a
-    rank and forward (None: the ranks' shares). length, targets: tokens of a record, and of its
-    summary (None: a quarter). Raises UserError for what cannot be, or is not planned.
+    `keep` (None: half) of every matrix in multiples of `rank_multiple` (None: 16). batch: records
+    of an optimizer step over all ranks; micro_batch: of a rank and forward (None: the ranks'
+    shares). length, targets: tokens of a record, and of its summary (None: a quarter). Raises
+    UserError for what cannot be, or is not planned.
     """
     if min(nodes, gpus, batch, length) < 1 or min(micro_batch or 1, targets or 1) < 1:
         raise UserError("--nodes, --gpus, --batch, --micro-batch, --seq and --targets start at 1")
+    if student is not None and (keep is not None or rank_multiple is not None):
+        raise UserError(
+            "--student names a student as it is; --keep and --rank-multiple would cut one from the "
+            "teacher: leave them out, or --student"
+        )
+    if rank_multiple is not None and rank_multiple < 1:
+        raise UserError(f"--rank-multiple {rank_multiple}: expected 1 or more")
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"--keep {keep:g}: expected a share, more than 0 and at most 1")
     if targets is not None and targets >= length:
         raise UserError(f"--targets {targets}: a record of --seq {length} has no room for them")
     deepspeed = read_deepspeed_config(ds)
@@ -62,15 +73,22 @@ def build_job(
         )
     distil = checked(DistilConfig, {"preset": preset})
     taught = read_model_config(teacher)
-    learning = read_model_config(student) if student else None
-    learning = learning or student_config(taught, keep, rank_multiple)
+    check_positions(taught, str(teacher), {"--seq": length})
+    if student is not None:
+        learning = read_model_config(student)
+    else:
+        learning = student_config(taught, keep or 0.5, rank_multiple or 16)
     objectives = build_objectives(
         distil, family_of(learning), learning.num_hidden_layers, pair(learning, taught)
     )
     small, large = sizes_of(learning), sizes_of(taught)
-    weight = sharding.weight
     looked_at = captured(
-        objectives.needs_of_student, objectives.needs_of_teacher, small, large, weight
+        objectives.needs_of_student,
+        objectives.needs_of_teacher,
+        small,
+        large,
+        sharding.weight,
+        length,
     )
     job = Job(
         student=small,
@@ -87,7 +105,16 @@ def build_job(
         compared=any(isinstance(term, Divergence) for term in objectives.head.values()),
         on_cpu=on_cpu,
     )
-    return job, _not_counted(distil, objectives)
+    if not job.swaps:
+        raise UserError(
+            f"{ds}: zero_optimization.offload_param.buffer_size is {sharding.swap_buffer}, but the "
+            f"largest tensor's shard is {job.largest_shard} numbers; set it to that at least, or "
+            "take more ranks"
+        )
+    notes = _not_counted(distil, objectives)
+    if large.family == "falcon" and (taught.alibi or not taught.new_decoder_architecture):
+        notes.append("a Falcon with alibi, or of the first kind, keeps more than is counted")
+    return job, notes
 
 
 def _not_counted(distil: DistilConfig, objectives: Objectives) -> list[str]:

@@ -1,5 +1,6 @@
 """What one rank fails of ends all of them with the same words."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from makd_llm import distributed
 from makd_llm.ending import WORD, is_out_of_memory, one_ending
 from makd_llm.errors import Disconnected, OutOfMemory, RankFailed, RunEnded, UserError
 from makd_llm.testing import launch_ranks
+
+SECRET = "s3cret-v4lue"
 
 
 def one_fails(folder: Path, kind: str) -> tuple[str, str, int]:
@@ -25,6 +28,8 @@ def one_fails(folder: Path, kind: str) -> tuple[str, str, int]:
                 raise ValueError("a defect\nwith a second line")
             elif kind == "wrong":
                 raise UserError("the seed is wrong; set another")
+            elif kind == "secret":
+                raise ValueError(f"http://me:{SECRET}@proxy:1".ljust(285) + f" token={SECRET}")
             else:
                 raise ConnectionError("as if it had been killed")
     except Exception as error:  # noqa: BLE001 - it is what is looked at
@@ -56,6 +61,13 @@ def test_the_others_end_with_the_words_of_the_one_that_failed(
     assert "\n" not in waiting[1] and "second line" not in waiting[1]
 
 
+def test_no_secret_is_left_in_the_run_folder(tmp_path: Path) -> None:
+    """Nor half of one, where the line is cut."""
+    waiting, _ = launch_ranks(2, one_fails, tmp_path, "secret")
+    written = (tmp_path / WORD).read_text()
+    assert "http://***@proxy:1" in written and SECRET[:3] not in written + waiting[1]
+
+
 def test_without_a_word_the_other_was_killed(tmp_path: Path) -> None:
     waiting, _ = launch_ranks(2, one_fails, tmp_path, "killed")
     assert waiting[0] == "Disconnected" and waiting[2] == 74
@@ -79,9 +91,23 @@ def test_a_word_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_kinds_of_failures_are_told_apart() -> None:
-    memory = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+    memory = [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 960 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError("Cannot allocate memory (os error 12)"),  # as libraries in Rust say it
+    ]
     assert all(map(is_out_of_memory, memory))
-    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(OSError())
+    others = [
+        ValueError("out of memory"),
+        OSError(),
+        OSError(errno.ENOENT, "No such file or directory", "out of memory.txt"),
+        RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
+    ]
+    assert not any(map(is_out_of_memory, others))
     lost = ["[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"]
     assert all(distributed.is_of_the_network(RuntimeError(text)) for text in lost)
     assert not distributed.is_of_the_network(RuntimeError("shapes differ"))

@@ -73,6 +73,7 @@ SEEN_ONLY_BY = {
         "makd_llm.teacher_summaries",
         "makd_llm.comparison",
         "makd_llm.cli_slurm",
+        "makd_llm.planning",
     ),
     "makd_llm.testing": (),
 }

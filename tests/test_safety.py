@@ -1,10 +1,13 @@
 """No secret is written down."""
 
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from makd_llm import cli
 from makd_llm.checkpoint.folder import TensorReader, read_config
@@ -28,11 +31,41 @@ SECRET = "s3cret-v4lue"
         f"https://{SECRET}@example.org",
         f"Authorization: Bearer {SECRET}",
         f"password: {SECRET}",
+        f"PGPASSWORD={SECRET}",
+        f"DB_PASS={SECRET}",
+        f"passphrase={SECRET}",
+        f'{{"accessToken":"{SECRET}"}}',
+        f'{{\\"api_key\\": \\"{SECRET}\\"}}',
+        f"('token', '{SECRET}')",
+        f"[(b'X-Api-Key', b'{SECRET}')]",
+        f"('authorization', 'Token {SECRET}')",
+        f"Authorization: Token {SECRET}",
+        f"{{'Authorization': 'Key {SECRET} and {SECRET}'}}",
+        f"'\\ntoken={SECRET}'",
+        f"--url=-http://me:{SECRET}@host",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----",
     ],
 )
 def test_what_looks_like_a_secret_is_hidden(text: str) -> None:
     shown = without_secrets(text)
     assert SECRET not in shown and "***" in shown
+    assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('password="correct horse battery", port=1', 'password="***", port=1'),
+        ("password='it\\'s a horse', port=1", "password='***', port=1"),
+        ('password="correct horse bat', 'password="***'),  # a line that was cut short
+        ("password=one,two;three port=1", "password=*** port=1"),
+        ("postgres://u:p@ss@host/db", "postgres://***@host/db"),
+        ("postgres://u:p/ss@host/db", "postgres://***@host/db"),
+        ("git+https://u:p@host/a@v1.0", "git+https://***@host/a@v1.0"),
+    ],
+)
+def test_it_is_hidden_as_a_whole_and_no_more(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
     assert without_secrets(shown) == shown
 
 
@@ -43,6 +76,9 @@ def test_what_looks_like_a_secret_is_hidden(text: str) -> None:
         "sk-abcdefghijklmnop1234",
         "ghp_abcdefghijklmnopqrstuv",
         "AKIA" * 5,
+        "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz",
+        "glpat-abcdefghij0123456789",
+        "AIzaSyA1234567890abcdefghijklmnopqrstuv",
     ],
 )
 def test_keys_of_known_services_are_hidden_wherever_they_stand(key: str) -> None:
@@ -61,6 +97,17 @@ def test_keys_of_known_services_are_hidden_wherever_they_stand(key: str) -> None
         "student.heads={key_value: 2}",
         "monkey=banana",
         "missing key: document",
+        "1234.5 tokens/s",
+        "max_new_tokens=64",
+        "pass through, then a backward_pass=3 ms",
+        "basic operations, without authorization, and no token",
+        "items.sort(key=lambda item: item.name)",
+        "known columns: ['token', 'password', 'id']",
+        "https://example.org:8080/a@b",
+        "PWD=/home/me OLDPWD=/tmp TOKENIZERS_PARALLELISM=false",
+        "runs/mine/teacher/3f786850e387550fdab836ed7e6dc881de23001b/model.safetensors",
+        "its SHA-256 is 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "the checkpoint task-0123456789abcdefghij of model-hf_small",
     ],
 )
 def test_what_is_none_stays(text: str) -> None:
@@ -72,11 +119,27 @@ def test_a_command_line_may_give_the_value_in_the_next_word() -> None:
     shown = without_secrets_in(command)
     assert SECRET not in " ".join(shown)
     assert shown[:2] == ["makd", "--api-key"] and shown[5:7] == ["--out", "x"]
+    assert without_secrets_in(["--password=correct horse", "a.key=b c", "seed=1"]) == [
+        "--password=***",
+        "a.key=***",
+        "seed=1",
+    ]
+
+
+def test_long_words_take_no_time() -> None:
+    """A pattern that looks at the rest of a text from each of its letters would take minutes."""
+    began = time.monotonic()
+    for piece in ("a.", "http://", "http://a:", "('token", "password=", "://a@", "a_", "'"):
+        without_secrets(piece * 20_000)
+    assert time.monotonic() - began < 20
 
 
 def test_names_of_secrets() -> None:
     assert all(map(names_a_secret, ["HF_TOKEN", "api_key", "--password", "AWS_SECRET", "key"]))
+    more = ["PGPASSWORD", "DB_PASS", "SSH_PASSPHRASE", "MYSQL_PWD", "GITLAB_PAT", "accessToken"]
+    assert all(map(names_a_secret, more))
     assert not any(map(names_a_secret, ["tokenizer", "key_value", "tokens", "monkey", "SCRATCH"]))
+    assert not any(map(names_a_secret, ["PWD", "OLDPWD", "compass", "PATH", "max_new_tokens"]))
 
 
 def test_a_config_cannot_ask_for_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +163,49 @@ def test_a_config_cannot_ask_for_a_secret(tmp_path: Path, monkeypatch: pytest.Mo
         load_config(None, ["run_dir=${oc.env:HF_TOKEN}"])
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        '${oc.env:"HF_TOKEN"}',
+        "${oc.env:'HF_TOKEN'}",
+        "${ oc.env : HF_TOKEN , none }",
+        "${oc.env:HF_${data.source}}",
+        '${oc.env:"${data.source}"}',
+        "${oc.env:NOBODY,${oc.env:'HF_TOKEN'}}",
+        "${oc.decode:'\"${oc.env:HF_TOKEN}\"'}",
+        "${oc.env:PGPASSWORD}",
+        "${oc.env:DB_PASS}",
+        "${oc.env:SSH_PASSPHRASE}",
+        "${oc.env:HTTPS_PROXY}",
+        "${oc.env:UNSET_TOKEN}",
+    ],
+)
+def test_however_the_name_is_written(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable whose name says nothing is refused for its value."""
+    for name in ("HF_TOKEN", "PGPASSWORD", "DB_PASS", "SSH_PASSPHRASE"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{SECRET}@proxy:1")
+    source = "HF_TOKEN" if '"${data' in asked else "TOKEN"
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"run_dir": asked, "data": {"source": source}}))
+    with pytest.raises(UserError, match=r"may be a secret, which the run folder") as caught:
+        load_config(path, [])
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="may be a secret"):
+        load_config(None, [f"data.source={source}", f"distil.preset={json.dumps(asked)}"])
+
+
+def test_only_configs_are_kept_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user of omegaconf in this process finds its resolver as it was."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    for override in ("run_dir=x", "run_dir=${oc.env:HF_TOKEN}"):
+        with suppress(UserError):
+            load_config(None, [override])
+        assert OmegaConf.create({"a": "${oc.env:HF_TOKEN}"}).a == SECRET
+
+
 def test_deepspeeds_json_may_not_hold_one(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"comet": {"enabled": True, "api_key": SECRET}, "optimizer": {}}))
@@ -119,6 +225,26 @@ def test_the_line_that_a_command_ends_with_has_none(
         cli.main(["train", "--ds", "x.json"])
     printed = capsys.readouterr()
     assert SECRET not in printed.err + printed.out and "no answer from" in printed.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_nor_has_the_traceback_of_a_defect(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        try:
+            raise ValueError(f"token={SECRET}")
+        except ValueError as cause:
+            raise error(f"no answer from http://me:{SECRET}@proxy:1") from cause
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--ds", "x.json"])
+    printed = capsys.readouterr()
+    assert caught.value.code == 1 and SECRET not in printed.err + printed.out
+    assert "Traceback" in printed.err and "http://***@proxy:1" in printed.err
+    with pytest.raises(error, match=SECRET):
+        cli.main(["train", "--ds", "x.json", "--debug"])
 
 
 def test_environment_json_has_the_command_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

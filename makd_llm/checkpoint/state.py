@@ -173,7 +173,7 @@ class Checkpoints:
     def _loaded(self, engine: DeepSpeedEngine, folder: Path) -> Saved:
         with plain_values_only(folder):
             self._into(engine, folder)
-            saved = torch.load(folder / _own_file(), weights_only=True)
+        saved = _read_own(folder / _own_file())
         _set_rng_state(saved.pop("rng"))
         return Saved(saved, saved.pop("shares", {}))
 
@@ -348,6 +348,17 @@ def _write_own(staging: Path, mine: State, failures: list[Exception]) -> None:
         raise _as_os_error(error) from error
 
 
+def _read_own(path: Path) -> State:
+    """What `_write_own` wrote. Raises UserError where it is something else."""
+    with plain_values_only(path.parent):
+        found = torch.load(path, weights_only=True)
+    if not isinstance(found, dict) or not isinstance(found.get("rng"), dict):
+        raise UserError(
+            f"checkpoint {path}: not the state of a rank; take a checkpoint that this program wrote"
+        )
+    return found
+
+
 def _as_os_error(error: Exception) -> Exception:
     """torch's writer says by a RuntimeError that the disk did not take something."""
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
@@ -373,11 +384,16 @@ def _problem(folder: Path) -> str | None:
         entries = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
+    for name in entries:
+        if not all(is_plain_name(part) for part in name.split("/")):
+            return f"its manifest names {name!r}, which is no file of it"
+    own = [f"rank-{rank}.pt" for rank in range(max(1, _ranks_of(folder)))]
+    unnamed = {*_files(folder), *own} - {MANIFEST, *entries}
+    if unnamed:
+        return f"its manifest does not name {min(unnamed)!r}"
     for name in sorted(entries)[distributed.rank() :: distributed.world_size()]:
         size, digest = entries[name]
         path = folder / name
-        if not all(is_plain_name(part) for part in name.split("/")):
-            return f"its manifest names {name!r}, which is no file of it"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -394,13 +410,18 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
+def _files(folder: Path) -> list[str]:
+    """Without hidden ones: file systems leave such, and nothing of a checkpoint has such a name."""
+    found = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    return sorted(str(p) for p in found if not any(part.startswith(".") for part in p.parts))
+
+
 def _joined(folder: Path, ranks: int) -> tuple[State, dict[str, float]]:
     """Rank 0's state, and everybody's shares added up. For one rank."""
     shares: dict[str, float] = {}
     states = []
     for rank in range(ranks):
-        with plain_values_only(folder):
-            states.append(torch.load(folder / f"rank-{rank}.pt", weights_only=True))
+        states.append(_read_own(folder / f"rank-{rank}.pt"))
         for name, share in states[rank].pop("shares", {}).items():
             shares[name] = shares.get(name, 0.0) + share
     return states[0], shares

@@ -3,12 +3,14 @@
 A tensor is kept where autograd needs it for a gradient, and counted once however many operations
 keep it. The rules below are read from the layers of transformers 5; tests/cluster holds them
 against what autograd keeps in a real layer of every family. Attention is the fused kernel, which
-keeps queries, keys, values, its output and one fp32 number per head, and no T x T map.
+keeps queries, keys, values, its output and one fp32 number per head, and no T x T map but a mask,
+where a sliding window needs one.
 """
-# D width, Q outputs of q, G outputs of k, F neurons, R ranks of a layer's matrices
+# T tokens of a record, D width, Q outputs of q, G outputs of k, F neurons,
+# R ranks of a layer's matrices
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from makd_llm.cluster.sizes import Sizes
@@ -60,15 +62,23 @@ RULES: dict[str, Rules] = {
 _ACTIVATION_KEEPS = {"gelu_new": 4, "relu": 0}
 
 
-def layer_keeps(sizes: Sizes, weight: int, layer: int) -> int:
+def rules_of(sizes: Sizes) -> Rules:
+    """How a model's layers are built."""
+    rules = RULES[sizes.family]
+    return replace(rules, parallel=rules.parallel and not sizes.sequential)
+
+
+def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int) -> int:
     """Bytes per token that one decoder layer keeps for the backward.
 
     With c bytes a weight: two inputs of matrices 2 D c; each norm its fp32 input 4 D and the normed
     stream (D c, or 4 D); attention (2 Q + 2 G) c and 4 bytes a head; the feed-forward part F c each
     for the gate, its activation, the up projection and their product (without a gate: what the
     activation keeps, and its result); and R c for the narrow product of every factored matrix.
+    Where records are as long as the layer's window, also its mask, T c, and keys and values
+    repeated for all heads, 2 (Q - G) c (copies, so that a fused module's outputs are not kept).
     """
-    rules, c = RULES[sizes.family], weight
+    rules, c = rules_of(sizes), weight
     query, key = sizes.query, sizes.key_value
     total = 2 * sizes.width * c
     streams = 1 if rules.parallel else rules.norms
@@ -81,18 +91,28 @@ def layer_keeps(sizes: Sizes, weight: int, layer: int) -> int:
             each = sizes.heads + sizes.heads * key // query if rules.head_norms == "heads" else 2
             total += (query + key) * (4 + normed) + 4 * each
     total += 2 * (query + key) * c + 4 * sizes.heads
-    total += rules.fused * (query + key) * c + rules.copied * query * c
+    masked = sizes.masked(layer, length)
+    fused = rules.fused and not (masked and key < query)
+    total += fused * (query + key) * c + rules.copied * query * c
     total += rules.repeated * (query - key) * c
+    total += masked * (length + 2 * (query - key)) * c
     inside = _ACTIVATION_KEEPS.get(sizes.activation, 1)
     total += (inside + (3 if sizes.gated else 1)) * sizes.neurons * c
     return total + sizes.ranks[layer] * c
 
 
-def layer_works(sizes: Sizes, weight: int) -> int:
+def model_keeps(sizes: Sizes, weight: int, length: int) -> int:
+    """The same of all layers."""
+    return sum(layer_keeps(sizes, weight, layer, length) for layer in range(sizes.layers))
+
+
+def layer_works(sizes: Sizes, weight: int, length: int) -> int:
     """Bytes per token that live for a moment while a layer works, forward or backward: the stream
-    and its normed copy, and three tensors as wide as the feed-forward part.
+    and its normed copy, and three tensors as wide as the feed-forward part; and where there are
+    masks, one as it is made (a byte a place) and one as a layer takes it.
     """
-    return (2 * sizes.width + 3 * sizes.neurons) * weight
+    masked = any(sizes.masked(layer, length) for layer in range(sizes.layers))
+    return (2 * sizes.width + 3 * sizes.neurons) * weight + masked * length * (1 + weight)
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,12 @@ class Captured:
 
 
 def captured(
-    student_needs: Needs, teacher_needs: Needs, student: Sizes, teacher: Sizes, weight: int
+    student_needs: Needs,
+    teacher_needs: Needs,
+    student: Sizes,
+    teacher: Sizes,
+    weight: int,
+    length: int,
 ) -> Captured:
     """What the objectives' needs come to.
 
@@ -127,7 +152,7 @@ def captured(
         compared += student.outputs(role)
     compared += len(needs.again) * 3 * student.width
     # a layer that runs again keeps what every layer keeps
-    again = sum(layer_keeps(student, weight, layer) for layer, _ in needs.again)
+    again = sum(layer_keeps(student, weight, layer, length) for layer, _ in needs.again)
     return Captured(
         teacher=_shown(teacher_needs, teacher) * weight,
         student=(whole - kept) * weight + again,
@@ -156,7 +181,7 @@ def _inputs(matrices: Collection[tuple[int, str]], sizes: Sizes) -> int:
 
 def _kept_anyway(needs: Needs, sizes: Sizes, weight: int) -> int:
     """Of what a capture of the student shows, numbers per token that its backward keeps as well."""
-    rules = RULES[sizes.family]
+    rules = rules_of(sizes)
     # a norm keeps an fp32 copy: the stream itself only where that is fp32
     stream = sizes.width if rules.norm == "layer" or weight == 4 else 0
     total = len(needs.hidden) * stream

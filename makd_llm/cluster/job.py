@@ -1,5 +1,6 @@
 """What is to be planned, as plain numbers."""
 
+import math
 from dataclasses import dataclass
 
 from makd_llm.cluster.activations import Captured
@@ -55,6 +56,18 @@ class Job:
     def batch(self) -> int:
         """Records of an optimizer step."""
         return self.micro_batch * self.accumulation * self.ranks
+
+    @property
+    def largest_shard(self) -> int:
+        """Numbers of the largest tensor that one rank holds a part of, in that part."""
+        models = [sizes for sizes in (self.teacher, self.student) if sizes is not None]
+        return max(math.ceil(max(sizes.tensors) / self.ranks) for sizes in models)
+
+    @property
+    def swaps(self) -> bool:
+        """DeepSpeed's buffers for weights on NVMe, if any, have room for the largest shard."""
+        on_disk = self.sharding.parameters == "nvme"
+        return not on_disk or self.largest_shard <= self.sharding.swap_buffer
 
     @property
     def gathers(self) -> bool:

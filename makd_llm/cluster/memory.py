@@ -17,7 +17,7 @@ them. docs/plan.md has each formula with what it assumes.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from makd_llm.cluster.activations import layer_keeps, layer_works
+from makd_llm.cluster.activations import layer_keeps, layer_works, model_keeps
 from makd_llm.cluster.job import Job
 from makd_llm.cluster.sizes import Sizes
 
@@ -65,9 +65,12 @@ def memory_of(job: Job) -> Memory:
     rows = 3 * job.rows * student.width * weight
     if job.teacher is not None:
         moments["teacher"] = {
-            "teacher gathered": _gathered(job, job.teacher, prefetching=True, head=False),
+            "teacher gathered": _gathered(job, job.teacher, prefetching=True, learns=False),
             "captured states": captured.teacher * tokens,
-            "activations": (job.teacher.width * weight + layer_works(job.teacher, weight)) * tokens,
+            "activations": (
+                job.teacher.width * weight + layer_works(job.teacher, weight, job.length)
+            )
+            * tokens,
         }
     teacher_states = captured.teacher * tokens
     if job.teacher is not None:
@@ -78,7 +81,7 @@ def memory_of(job: Job) -> Memory:
         "teacher gathered": _teacher_head(job),
         "student gathered": _gathered(job, student, prefetching=True),
         **shown,
-        "activations": kept + layer_works(student, weight) * tokens,
+        "activations": kept + layer_works(student, weight, job.length) * tokens,
     }
     moments["head"] = {
         "teacher gathered": _teacher_head(job),
@@ -88,15 +91,16 @@ def memory_of(job: Job) -> Memory:
         "logits": _logits(job) + rows,
         "head gradient": _head_gradient(job, largest=True),
     }
-    again = layer_keeps(student, weight, 0) if job.checkpointing else 0
+    layers = (layer_keeps(student, weight, layer, job.length) for layer in range(student.layers))
+    again = max(layers) if job.checkpointing else 0
     last_states = teacher_states - captured.teacher * tokens
     reduced = min(job.sharding.reduce_bucket, student.numbers) * job.sharding.message
     fills = student.numbers > job.sharding.reduce_bucket
-    again_gathered = student.numbers > min(job.sharding.reuse // 2, job.sharding.live)
+    again_gathered = student.numbers > job.sharding.kept(student.table)
     moments["backward"] = {
         "student gathered": _gathered(job, student, prefetching=again_gathered),
         "captured states": last_states + captured.compared * tokens,
-        "activations": kept + (again + layer_works(student, weight)) * tokens,
+        "activations": kept + (again + layer_works(student, weight, job.length)) * tokens,
         "logits": rows // 3,
         "head gradient": _head_gradient(job, largest=False),
         "gradient messages": reduced if fills else 0,
@@ -127,7 +131,8 @@ def _held(job: Job) -> tuple[Parts, Parts, Parts]:
         if sharding.secondary > 1 and name == "teacher":
             device[f"{name} second copy"] = sizes.shard(sharding.secondary) * sharding.weight
         if sharding.parameters == "nvme":
-            host[f"{name} swap buffers"] = sharding.swap_bytes
+            swapped = sharding.swap_buffers * sharding.swap_buffer * sharding.weight
+            host[f"{name} swap buffers"] = swapped
     if sharding.secondary > 1:
         device["student second copy"] = student.shard(sharding.secondary) * sharding.weight
     part = student.shard(job.ranks) if sharding.stage == 3 else -(-student.numbers // job.ranks)
@@ -176,19 +181,27 @@ def _gradients(job: Job, moment: str) -> Parts:
     }
 
 
-def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False, head: bool = True) -> int:
-    """Whole weights beside the shards. head: with one that is not tied to the embedding.
+def _gathered(job: Job, sizes: Sizes, *, prefetching: bool = False, learns: bool = True) -> int:
+    """Whole weights beside the shards. learns: the student; a teacher only runs forward, and its
+    head is asked for by itself.
 
     DeepSpeed gathers ahead, a prefetch bucket more with every module, until `live` numbers are
-    whole, and keeps what is used again soon. A bucket is there twice, as it came and cut into
-    tensors, until the last of its tensors has been used.
+    whole, one tensor too many included. What runs is gathered in any case: the head of a student,
+    and its embedding at the end of the backward, come on top; a teacher's embedding comes first,
+    when nothing else is there. What is used again within `reuse` numbers stays, the head among it.
+    A bucket is there twice, as it came and cut into tensors, until the last of its tensors has been
+    used.
     """
     if not job.gathers:
         return 0
     sharding = job.sharding
     small = sizes.small(sharding.persist)
-    large = sizes.numbers - small - (0 if head else sizes.own_head)
-    whole = min(large, sharding.live)
+    large = sizes.numbers - small - (0 if learns else sizes.own_head)
+    ahead = sharding.live + sizes.largest_inside
+    if learns:
+        whole = min(large, max(ahead + sizes.table, sharding.reuse // 2))
+    else:
+        whole = min(large, max(ahead, sizes.table))
     twice = min(large, sharding.prefetch) if prefetching else 0
     return (small + whole + twice) * sharding.weight
 
@@ -199,7 +212,7 @@ def _teacher_head(job: Job) -> int:
         return 0
     sharding = job.sharding
     small = job.teacher.small(sharding.persist) if job.gathers else 0
-    return (small + job.teacher.vocabulary * job.teacher.width) * sharding.weight
+    return (small + job.teacher.table) * sharding.weight
 
 
 def _kept(job: Job) -> int:
@@ -208,8 +221,7 @@ def _kept(job: Job) -> int:
     final = sizes.width * (4 + 2 * weight)  # the last norm, and its result
     if job.checkpointing:
         return (sizes.layers * sizes.width * weight + final) * job.tokens
-    layers = sum(layer_keeps(sizes, weight, layer) for layer in range(sizes.layers))
-    return (layers + final) * job.tokens
+    return (model_keeps(sizes, weight, job.length) + final) * job.tokens
 
 
 def chunk_rows(job: Job) -> int:
@@ -228,7 +240,7 @@ def _head_gradient(job: Job, *, largest: bool) -> int:
     """V D of it: in the weights' dtype when it is done; while several chunks of half precision add
     up, also a sum in fp32 and a chunk's share.
     """
-    numbers, weight = job.student.vocabulary * job.student.width, job.sharding.weight
+    numbers, weight = job.student.table, job.sharding.weight
     several = weight < 4 and chunk_rows(job) < job.rows
     return numbers * (4 + 2 * weight if largest and several else weight)
 

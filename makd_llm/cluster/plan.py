@@ -1,5 +1,6 @@
 """Whether a job fits a machine, how fast it can be, and what to change where it does not fit."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from makd_llm.cluster.job import Job
 from makd_llm.cluster.machines import Machine
 from makd_llm.cluster.memory import Memory, memory_of
+from makd_llm.cluster.sharding import Sharding
 from makd_llm.cluster.timing import Timing, timing_of
 from makd_llm.cluster.traffic import Message, traffic_of
 
@@ -40,21 +42,19 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.room
+        return fits(self.job, self.machine)
 
 
 def plan(job: Job, machine: Machine) -> Plan:
     """Plans a job."""
-    memory = memory_of(job)
-    fits = memory.peak <= room(machine)
     return Plan(
         job=job,
         machine=machine,
-        memory=memory,
+        memory=memory_of(job),
         traffic=traffic_of(job),
         timing=timing_of(job, machine),
         largest=largest_batch(job, machine),
-        advice="" if fits else advice(job, machine),
+        advice="" if fits(job, machine) else advice(job, machine),
     )
 
 
@@ -64,7 +64,8 @@ def room(machine: Machine) -> float:
 
 
 def fits(job: Job, machine: Machine) -> bool:
-    return memory_of(job).peak <= room(machine)
+    """On the device, and in the buffers that DeepSpeed has for what lies on NVMe."""
+    return job.swaps and memory_of(job).peak <= room(machine)
 
 
 def largest_batch(job: Job, machine: Machine) -> int:
@@ -85,10 +86,11 @@ def largest_batch(job: Job, machine: Machine) -> int:
 
 def advice(job: Job, machine: Machine) -> str:
     """The first of some changes, the least costly first, with which a job fits."""
-    for said, changed in _changes(job):
+    changes = list(_changes(job))
+    for file, changed in changes:
         if fits(changed, machine):
-            return said
-    least = min(memory_of(changed).peak for _, changed in _changes(job)) / 1e9
+            return _said(file, job, changed)
+    least = min(memory_of(changed).peak for _, changed in [("", job), *changes]) / 1e9
     return (
         f"nothing that is known here is enough: {least:.0f} GB of {room(machine) / 1e9:.0f} GB at "
         "the least; take a smaller teacher, shorter records, or larger devices"
@@ -96,52 +98,99 @@ def advice(job: Job, machine: Machine) -> str:
 
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:
-    """Changes to a job, the least costly first, each in words."""
-    micro = job.micro_batch
-    while micro > 1:
-        micro //= 2
-        accumulation = -(-job.micro_batch * job.accumulation // micro)
-        changed = replace(job, micro_batch=micro, accumulation=accumulation)
-        yield f"set distil.train.micro_batch_size={micro}", changed
-    one = replace(job, micro_batch=1, accumulation=job.micro_batch * job.accumulation)
-    small = "" if job.micro_batch == 1 else " and distil.train.micro_batch_size=1"
-    lean = replace(one, checkpointing=True)
+    """Changes to a job, the least costly first: the file of ds_configs/ to take ("": the same), and
+    what is planned then.
+    """
+    share = job.micro_batch * job.accumulation
+    for micro in range(job.micro_batch - 1, 0, -1):
+        if share % micro == 0:
+            yield "", replace(job, micro_batch=micro, accumulation=share // micro)
     if not job.checkpointing:
-        same = replace(job, checkpointing=True)
-        yield "set distil.train.gradient_checkpointing=true", same
-        yield f"set distil.train.gradient_checkpointing=true{small}", lean
-    also = f" with gradient_checkpointing=true{small}"
-    if job.sharding.stage < 3:
-        lean = replace(lean, sharding=replace(lean.sharding, stage=3, buckets=1))
-        yield f"take ds_configs/zero3.json{also}", lean
-    if lean.sharding.optimizer == "none":
-        offloaded = replace(lean, sharding=replace(lean.sharding, optimizer="cpu"))
-        yield f"take ds_configs/zero3_offload_optimizer.json{also}", offloaded
+        yield "", replace(job, checkpointing=True)
+    lean = replace(job, micro_batch=1, accumulation=share, checkpointing=True)
+    yield "", lean
+    sharding = job.sharding
+    plain = "zero3.json" if sharding.stage < 3 or sharding.secondary > 1 else ""
+    if plain:
+        yield plain, _with(plain, lean)
+    if plain or sharding.optimizer == "none":
+        yield "zero3_offload_optimizer.json", _with("zero3_offload_optimizer.json", lean)
     nodes = job.nodes
     while 2 * nodes * job.gpus <= MOST_RANKS:
         nodes *= 2
-        yield f"take {nodes} nodes{also}", replace(lean, nodes=nodes)
-    both = replace(lean.sharding, optimizer="cpu", parameters="cpu")
-    yield f"take ds_configs/zero3_offload.json{also}", replace(lean, sharding=both)
+        accumulation = math.ceil(job.batch / (nodes * job.gpus))
+        yield plain, replace(_with(plain, lean), nodes=nodes, accumulation=accumulation)
+    if plain or sharding.parameters == "none":
+        yield "zero3_offload.json", _with("zero3_offload.json", lean)
 
 
-def scaled(job: Job, machine: Machine, gpus: int) -> list[dict[str, Any]]:
-    """The same micro-batch on 1 to 1,024 devices, machines of `gpus` each: memory and speed."""
+SHIPPED = {
+    "zero3.json": Sharding(),
+    "zero3_offload_optimizer.json": Sharding(optimizer="cpu", fused=True),
+    "zero3_offload.json": Sharding(optimizer="cpu", parameters="cpu", fused=True),
+}
+"""Files of ds_configs/ as `sharding_of` reads them."""
+
+
+def _with(file: str, job: Job) -> Job:
+    """The job with a file's sharding, in its own precision; "": as it is."""
+    if not file:
+        return job
+    own, taken = job.sharding, SHIPPED[file]
+    own = replace(taken, weight=own.weight, gradient=own.gradient, message=own.message)
+    return replace(job, sharding=own)
+
+
+def _said(file: str, job: Job, changed: Job) -> str:
+    """Everything that tells a changed job from the one that was asked for."""
+    takes = [f"ds_configs/{file}"] if file else []
+    if changed.nodes != job.nodes:
+        takes.append(f"{changed.nodes} nodes")
+    sets = []
+    if changed.batch != job.batch:
+        sets.append(f"batch_size={changed.batch}")
+    if changed.micro_batch != job.micro_batch:
+        sets.append(f"micro_batch_size={changed.micro_batch}")
+    if changed.checkpointing != job.checkpointing:
+        sets.append("gradient_checkpointing=true")
+    said = [f"take {' and '.join(takes)}"] if takes else []
+    if sets:
+        said.append("set " + " ".join(f"distil.train.{what}" for what in sets))
+    return ", ".join(said)
+
+
+def scaled(job: Job, machine: Machine) -> list[dict[str, Any]]:
+    """The same micro-batch on 1 to 1,024 devices and on as many as the job has: memory and speed.
+
+    Up to a machine by powers of two, then by whole machines. hpZ's copy is kept among as many ranks
+    as divide both.
+    """
     rows = []
-    ranks = 1
-    while ranks <= MOST_RANKS:
-        nodes, each = (1, ranks) if ranks <= gpus else (ranks // gpus, gpus)
-        if nodes * each == ranks:
-            one = replace(job, nodes=nodes, gpus=each)
-            memory, timing = memory_of(one), timing_of(one, machine)
-            rows.append(
-                {
-                    "ranks": ranks,
-                    "bytes": memory.peak,
-                    "parts": memory.device[memory.moment],
-                    "tokens_per_second": timing.tokens_per_second,
-                    "fits": memory.peak <= room(machine),
-                }
-            )
-        ranks *= 2
+    for ranks in _counts(job):
+        nodes, gpus = (1, ranks) if ranks <= job.gpus else (ranks // job.gpus, job.gpus)
+        sharding = replace(job.sharding, secondary=math.gcd(job.sharding.secondary, ranks))
+        one = replace(job, nodes=nodes, gpus=gpus, sharding=sharding)
+        memory, timing = memory_of(one), timing_of(one, machine)
+        rows.append(
+            {
+                "ranks": ranks,
+                "bytes": memory.peak,
+                "parts": memory.device[memory.moment],
+                "tokens_per_second": timing.tokens_per_second,
+                "fits": fits(one, machine),
+            }
+        )
     return rows
+
+
+def _counts(job: Job) -> list[int]:
+    counts = {job.ranks}
+    count = 1
+    while count < job.gpus:
+        counts.add(count)
+        count *= 2
+    count = job.gpus
+    while count <= MOST_RANKS:
+        counts.add(count)
+        count *= 2
+    return sorted(counts)

@@ -1,23 +1,31 @@
 """What DeepSpeed's JSON says about memory and messages, as plain numbers.
 
-Defaults are those of DeepSpeed 0.19 (`deepspeed.runtime.zero.config`); a test holds them against
-it. Sizes of buckets are in numbers, not in bytes.
+`zero_optimization` is read by DeepSpeed's own class (0.19), which knows its defaults and its old
+names. Sizes of buckets are in numbers, not in bytes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from makd_llm.errors import UserError
 
-PLACES = ("none", "cpu", "nvme")
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 _SMALL = {"bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp32": 4, "float32": 4}
 _NOT_PLANNED = {
     "zero_quantized_weights": "quantized weights",
     "zero_quantized_nontrainable_weights": "quantized weights",
     "zero_quantized_gradients": "quantized gradients",
-    "zenflow": "ZenFlow",
-    "stage3_module_granularity_threshold": "leaf modules",
+    "zenflow": "ZenFlow's updates",
+    "leaf_module": "leaf modules",
+    "module_granularity_threshold": "leaf modules",
+    "model_persistence_threshold": "limits to what stays whole",
+    "use_all_reduce_for_fetch_params": "weights that come by all-reduces",
+    "allgather_sequential": "weights that come one by one",
+    "offload_optimizer.ratio": "optimizers that are offloaded in part",
+    "offload_optimizer.super_offload": "SuperOffload's updates",
 }
 
 
@@ -39,7 +47,8 @@ class Sharding:
         optimizer, parameters: where they are kept: "none" (the device), "cpu" or "nvme".
         secondary: ranks among which ZeRO++ keeps a second copy of the weights (hpZ); 1: none.
         fused: Adam in one kernel, without temporaries.
-        swap_bytes: buffers in host memory for what lies on NVMe, for each model's parameters.
+        swap_buffers, swap_buffer: how many buffers in host memory each model has for its weights on
+            NVMe, and how many numbers one holds.
     """
 
     stage: int = 3
@@ -58,7 +67,18 @@ class Sharding:
     parameters: str = "none"
     secondary: int = 1
     fused: bool = False
-    swap_bytes: int = 0
+    swap_buffers: int = 5
+    swap_buffer: int = 100_000_000
+
+    def kept(self, head: int) -> int:
+        """Numbers of a model that stay whole from its forward into its backward (ZeRO-3).
+
+        What is used again within `reuse` numbers is not let go: half of them lie on either side of
+        the turn. Nor is what the prefetch has passed over because it was there already: up to
+        `live`. The head, of so many numbers, is what runs next in any case. Source: DeepSpeed's
+        partitioned_param_coordinator.py, __params_to_release.
+        """
+        return max(self.live, self.reuse // 2, head)
 
     @property
     def name(self) -> str:
@@ -73,59 +93,67 @@ class Sharding:
 
 
 def sharding_of(config: Mapping[str, Any], source: str = "the DeepSpeed JSON") -> Sharding:
-    """Reads the JSON's numbers. Raises UserError for what the planner does not model."""
-    zero = config.get("zero_optimization", {})
-    for key, meaning in _NOT_PLANNED.items():
-        if zero.get(key):
-            raise UserError(
-                f"{source}: zero_optimization.{key}: {meaning} are not planned yet; leave it out, "
-                "and measure what it saves"
-            )
-    stage = int(zero.get("stage", 0))
+    """Reads the numbers of a JSON that `read_deepspeed_config` has checked. Raises UserError for
+    what the planner does not model.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    _check_planned(zero, source)
+    optimizer = config.get("optimizer", {})
+    kind = str(optimizer.get("type", "AdamW"))
+    if kind.lower() not in ("adam", "adamw"):
+        raise UserError(
+            f"{source}: optimizer.type {kind} is not planned; take Adam or AdamW, or measure it"
+        )
     weight = 2 if config.get("bf16", {}).get("enabled") else 4
     gradient = config.get("data_types", {}).get("grad_accum_dtype")
     message = config.get("communication_data_type")
-    contiguous = zero.get("contiguous_gradients", True)
-    # overlap_comm is on by itself at stage 3 only
-    overlap = bool(zero.get("overlap_comm", stage == 3))
-    optimizer, parameters = (
-        _place(zero, key, source) for key in ("offload_optimizer", "offload_param")
-    )
-    params = config.get("optimizer", {}).get("params", {})
-    swap = zero.get("offload_param") or {}
-
-    def number(key: str, default: float) -> int:
-        # the old names of stage 3's keys are accepted by DeepSpeed as well
-        return int(zero.get(f"stage3_{key}", zero.get(key, default)))
-
+    stage, overlap = int(zero.stage), bool(zero.overlap_comm)
+    moved, swap = zero.offload_optimizer, zero.offload_param
     return Sharding(
         stage=stage,
         weight=weight,
         gradient=_SMALL.get(str(gradient), weight),
         message=_SMALL.get(str(message), weight),
-        reduce_bucket=number("reduce_bucket_size", 5e8),
-        prefetch=number("prefetch_bucket_size", 5e7),
-        live=number("max_live_parameters", 1e9),
-        reuse=number("max_reuse_distance", 1e9),
-        persist=number("param_persistence_threshold", 1e5),
-        sub_group=number("sub_group_size", 1e9),
+        reduce_bucket=zero.reduce_bucket_size,
+        prefetch=zero.prefetch_bucket_size,
+        live=zero.max_live_parameters,
+        reuse=zero.max_reuse_distance,
+        persist=zero.param_persistence_threshold,
+        sub_group=zero.sub_group_size,
         overlap=overlap,
-        buckets=0 if not contiguous else 2 if stage < 3 and overlap else 1,
-        optimizer=optimizer,
-        parameters=parameters,
-        secondary=max(1, int(zero.get("zero_hpz_partition_size", 1))),
-        fused=not params.get("torch_adam", False),
-        swap_bytes=int(swap.get("buffer_count", 5)) * int(swap.get("buffer_size", 1e8)) * weight
-        if parameters == "nvme"
-        else 0,
+        buckets=0 if not zero.contiguous_gradients else 2 if stage < 3 and overlap else 1,
+        optimizer=str(moved.device) if moved else "none",
+        parameters=str(swap.device) if swap else "none",
+        secondary=max(1, zero.zero_hpz_partition_size),
+        fused=not optimizer.get("params", {}).get("torch_adam", False),
+        swap_buffers=swap.buffer_count if swap else Sharding.swap_buffers,
+        swap_buffer=swap.buffer_size if swap else Sharding.swap_buffer,
     )
 
 
-def _place(zero: Mapping[str, Any], key: str, source: str) -> str:
-    found = str((zero.get(key) or {}).get("device") or "none")
-    if found not in PLACES:
-        raise UserError(
-            f"{source}: zero_optimization.{key}.device is {found!r}; expected one of "
-            f"{', '.join(PLACES)}"
-        )
-    return found
+def _check_planned(zero: "DeepSpeedZeroConfig", source: str) -> None:
+    """Raises UserError for what differs from DeepSpeed's defaults and is not modelled."""
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    default = type(zero)(stage=zero.stage)
+    moved, plain = zero.offload_optimizer, DeepSpeedZeroOffloadOptimizerConfig()
+    for key, meaning in _NOT_PLANNED.items():
+        section, _, name = key.rpartition(".")
+        found, usual = (moved or plain, plain) if section else (zero, default)
+        if getattr(found, name) != getattr(usual, name):
+            raise UserError(
+                f"{source}: zero_optimization.{key}: {meaning} are not planned yet; leave it out, "
+                "and measure what it saves"
+            )
+    moves = zero.offload_param is not None and zero.offload_param.device != "none"
+    for key, given in (
+        ("offload_param", moves),
+        ("zero_hpz_partition_size", zero.zero_hpz_partition_size > 1),
+    ):
+        if given and zero.stage < 3:
+            raise UserError(
+                f"{source}: zero_optimization.{key} does nothing at stage {zero.stage}; take "
+                "stage 3, or leave it out"
+            )

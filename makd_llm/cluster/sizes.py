@@ -40,6 +40,9 @@ class Sizes:
         neurons: of the feed-forward part; gated: whether it has a gate; activation: its name.
         vocabulary: rows of the embedding and of the head.
         tensors: the size of every parameter, in the model's order; a tied head is none.
+        windows: by layer, how many tokens its attention sees at most; 0: all.
+        sequential: the feed-forward part reads what the attention has written, in a family where it
+            usually reads the same stream.
         ranks: by layer, the sum of its factored matrices' ranks.
         products: by layer, multiplications per token in its matrices.
     """
@@ -56,6 +59,8 @@ class Sizes:
     vocabulary: int
     tied: bool
     tensors: tuple[int, ...]
+    windows: tuple[int, ...]
+    sequential: bool
     ranks: tuple[int, ...]
     products: tuple[int, ...]
 
@@ -67,15 +72,31 @@ class Sizes:
     @property
     def own_head(self) -> int:
         """Numbers of a head that is not the embedding."""
-        return 0 if self.tied else self.vocabulary * self.width
+        return 0 if self.tied else self.table
 
     def shard(self, ranks: int) -> int:
         """Numbers that one of so many ranks holds: ZeRO-3 pads every tensor to a multiple."""
         return sum(math.ceil(numel / ranks) for numel in self.tensors)
 
+    @property
+    def table(self) -> int:
+        """Numbers of the embedding, and of the head."""
+        return self.vocabulary * self.width
+
+    @property
+    def largest_inside(self) -> int:
+        """Numbers of the largest tensor that is neither the embedding nor the head."""
+        return max((numel for numel in self.tensors if numel != self.table), default=0)
+
     def small(self, threshold: int) -> int:
         """Numbers in tensors of at most `threshold`."""
         return sum(numel for numel in self.tensors if numel <= threshold)
+
+    def masked(self, layer: int, length: int) -> bool:
+        """Whether records of so many tokens are as long as a layer's window, or longer: from there
+        on transformers gives it a mask.
+        """
+        return 0 < self.windows[layer] <= length
 
     def outputs(self, role: str) -> int:
         """Outputs of the matrix of a role."""
@@ -135,9 +156,20 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
         vocabulary=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         tensors=tuple(parameter.numel() for parameter in model.parameters()),
+        windows=_windows(config),
+        sequential=not getattr(config, "use_parallel_residual", True),
         ranks=tuple(ranks),
         products=tuple(products),
     )
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int, ...]:
+    window: int = getattr(config, "sliding_window", None) or 0
+    types: list[str] | None = getattr(config, "layer_types", None)
+    if types is None:
+        layers: int = config.num_hidden_layers
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 def _activation(config: PreTrainedConfig) -> str:

@@ -6,7 +6,7 @@ steps take longer, by the share of the stated rates that kernels reach.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from makd_llm.cluster.activations import layer_keeps
+from makd_llm.cluster.activations import model_keeps
 from makd_llm.cluster.job import Job
 from makd_llm.cluster.machines import Machine
 from makd_llm.cluster.sizes import Sizes
@@ -41,11 +41,12 @@ class Timing:
 
 def forward_flops(sizes: Sizes, tokens: int, length: int, rows: int) -> float:
     """Operations of a forward: two for each number of the layers' matrices and token; attention
-    over the half of T keys that a token sees on average, twice (scores, values); and the head for
-    the rows whose logits are needed.
+    over the half of T keys that a token sees on average, twice (scores, values), or over all of
+    them where a mask says which count; and the head for the rows whose logits are needed.
     """
     matrices = 2.0 * sum(sizes.products) * tokens
-    attention = 2.0 * sizes.layers * 2 * sizes.query * tokens * length / 2
+    masked = sum(sizes.masked(layer, length) for layer in range(sizes.layers))
+    attention = 2.0 * (sizes.layers + masked) * 2 * sizes.query * tokens * length / 2
     return matrices + attention + 2.0 * sizes.vocabulary * sizes.width * rows
 
 
@@ -60,10 +61,10 @@ def timing_of(job: Job, machine: Machine) -> Timing:
         flops["teacher"] = times * forward_flops(
             job.teacher, job.tokens, job.length, job.rows if job.compared else 0
         )
-        states = job.teacher.layers * layer_keeps(job.teacher, weight, 0) * job.tokens
+        states = model_keeps(job.teacher, weight, job.length) * job.tokens
         moved["teacher"] = times * (job.teacher.numbers * weight + 2 * states)
     forward = forward_flops(student, job.tokens, job.length, job.rows)
-    states = sum(layer_keeps(student, weight, n) for n in range(student.layers)) * job.tokens
+    states = model_keeps(student, weight, job.length) * job.tokens
     flops["forward"] = times * forward
     flops["backward"] = times * forward * (3 if job.checkpointing else 2)
     moved["forward"] = times * (student.numbers * weight + 2 * states)
@@ -80,9 +81,11 @@ def timing_of(job: Job, machine: Machine) -> Timing:
         # gradients to the host, weights back; the host's memory is taken to be no slower
         compute["update"] = own * (sharding.gradient + weight) / machine.host
     if sharding.parameters != "none" and not job.on_cpu:
-        for moment, sizes in (("teacher", job.teacher), ("forward", student)):
+        again = max(0, student.numbers - sharding.kept(student.table)) / student.numbers
+        shares = (("teacher", job.teacher, 1.0), ("forward", student, 1.0))
+        for moment, sizes, share in (*shares, ("backward", student, again)):
             if sizes is not None:
-                host = times * sizes.shard(job.ranks) * weight / machine.host
+                host = times * share * sizes.shard(job.ranks) * weight / machine.host
                 compute[moment] = max(compute[moment], host)
     messages = dict.fromkeys(STEP_MOMENTS, 0.0)
     for message in traffic_of(job):
@@ -97,8 +100,15 @@ def timing_of(job: Job, machine: Machine) -> Timing:
 
 
 def message_seconds(message: Message, machine: Machine) -> float:
-    """By the slowest link of the ring, without latency."""
-    return message.sent / (machine.near if message.near else machine.far)
+    """By the slowest link of the rings, without latency.
+
+    Each device has an adapter of its own to other machines, and NCCL lays a ring through each: what
+    leaves a machine is shared by as many adapters as ranks of the group stand there, but goes no
+    faster than within it. CPU processes share one.
+    """
+    adapters = 1 if machine.on_cpu else message.beside
+    across = min(machine.near, adapters * machine.far)
+    return message.sent / (machine.near if message.near else across)
 
 
 def _sum(a: float, b: float) -> float:

@@ -24,7 +24,7 @@ class Message:
         collective: how.
         payload: bytes of the whole tensors.
         ranks: among how many ranks.
-        near: within a machine.
+        beside: how many of those are on one machine.
     """
 
     what: str
@@ -32,7 +32,12 @@ class Message:
     collective: Collective
     payload: int
     ranks: int
-    near: bool
+    beside: int
+
+    @property
+    def near(self) -> bool:
+        """Within a machine."""
+        return self.beside == self.ranks
 
     @property
     def sent(self) -> float:
@@ -51,11 +56,11 @@ def traffic_of(job: Job) -> list[Message]:
 
     ZeRO-3: the teacher's weights come together once in each forward, its head for the student's
     (also where it is the embedding, which has come once before); the student's in the forward, and
-    in the backward again but for what was kept because it is used again within `reuse` numbers
-    (half of them before the turn, half after it); gradients are reduced to their owners once per
-    micro-batch; small tensors, which stay whole, come together after each step. ZeRO++'s second
-    copy serves the student's backward, and all forwards of the teacher, whose weights do not
-    change.
+    in the backward again but for what was kept at the turn (`Sharding.kept`); gradients are reduced
+    to their owners once per micro-batch; small tensors, which stay whole, come together after each
+    step. ZeRO++'s second copy, made in the first forward after an update, serves the rest of the
+    step, and all forwards of the teacher, whose weights do not change; but not the teacher's head,
+    which is asked for by itself.
 
     ZeRO-1 and 2: gradients are all-reduced (ZeRO-1 once per step), and weights come together after
     it.
@@ -63,7 +68,7 @@ def traffic_of(job: Job) -> list[Message]:
     if job.ranks == 1:
         return []
     sharding, student = job.sharding, job.student
-    everywhere = (job.ranks, job.nodes == 1)
+    everywhere = (job.ranks, job.gpus)
     if sharding.stage < 3:
         times = job.accumulation if sharding.stage == 2 else 1
         gradients, weights = student.numbers * sharding.message, student.numbers * sharding.weight
@@ -73,27 +78,39 @@ def traffic_of(job: Job) -> list[Message]:
         ]
     second = everywhere
     if sharding.secondary > 1:
-        second = (sharding.secondary, sharding.secondary <= job.gpus)
+        second = (sharding.secondary, min(sharding.secondary, job.gpus))
     found = []
     times = job.accumulation
     if job.teacher is not None:
-        head = times * job.teacher.vocabulary * job.teacher.width * sharding.weight
+        head = times * job.teacher.table * sharding.weight
         weights = times * _large(job, job.teacher) - (0 if job.teacher.tied else head)
         found.append(Message("teacher weights", "teacher", "all_gather", weights, *second))
         if job.compared:
-            found.append(Message("teacher head", "forward", "all_gather", head, *second))
+            found.append(Message("teacher head", "forward", "all_gather", head, *everywhere))
     weights = _large(job, student)
-    kept = min(sharding.reuse // 2, sharding.live) * sharding.weight
-    again = max(0, weights - kept)
+    again = max(0, weights - sharding.kept(student.table) * sharding.weight)
     gradients = job.ranks * student.shard(job.ranks) * sharding.message
     small = student.small(sharding.persist) * sharding.weight
     found += [
-        Message("student weights", "forward", "all_gather", times * weights, *everywhere),
+        *_forwards(weights, times, everywhere, second),
         Message("student weights again", "backward", "all_gather", times * again, *second),
         Message("gradients", "backward", "reduce_scatter", times * gradients, *everywhere),
         Message("small weights", "update", "all_gather", small, *everywhere),
     ]
     return [message for message in found if message.payload]
+
+
+def _forwards(
+    weights: int, times: int, everywhere: tuple[int, int], second: tuple[int, int]
+) -> list[Message]:
+    """The student's weights in a step's forwards; ZeRO++ has its second copy from the first on."""
+    if second == everywhere:
+        return [Message("student weights", "forward", "all_gather", times * weights, *everywhere)]
+    rest = (times - 1) * weights
+    return [
+        Message("student weights", "forward", "all_gather", weights, *everywhere),
+        Message("student weights, second copy", "forward", "all_gather", rest, *second),
+    ]
 
 
 def _large(job: Job, sizes: Sizes) -> int:

@@ -1,14 +1,15 @@
 """From a YAML file and overrides to a checked config, and back; errors in one line."""
 
 import difflib
-import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
@@ -17,7 +18,7 @@ from makd_llm.config.presets import merged, preset
 from makd_llm.config.run import DEFAULT_PRESET, RunConfig
 from makd_llm.config.section import Section
 from makd_llm.errors import UserError
-from makd_llm.redaction import names_a_secret
+from makd_llm.redaction import names_a_secret, without_secrets
 
 
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
@@ -45,23 +46,23 @@ def read_values(
             )
     where = str(path) if path else "defaults"
     try:
-        from_file = OmegaConf.load(path) if path else OmegaConf.create({})
-        if not OmegaConf.is_dict(from_file):
-            raise UserError(
-                f"{where}: expected keys and values at the top level, "
-                "found a list or a single value"
-            )
-        typed = OmegaConf.from_dotlist(overrides)
-        if under is None:
-            asked = OmegaConf.select(typed, "distil.preset")
-            own = OmegaConf.select(from_file, "distil")
-            if isinstance(asked, str) and OmegaConf.is_dict(own):
-                from_file.distil = _under(asked, OmegaConf.to_container(own))
-        else:
-            typed = OmegaConf.create({under: typed})
-        together = OmegaConf.merge(from_file, typed)
-        _check_environment(OmegaConf.to_yaml(together, resolve=False))
-        plain = OmegaConf.to_container(together, resolve=True)
+        with _no_secrets_of_the_environment():
+            from_file = OmegaConf.load(path) if path else OmegaConf.create({})
+            if not OmegaConf.is_dict(from_file):
+                raise UserError(
+                    f"{where}: expected keys and values at the top level, "
+                    "found a list or a single value"
+                )
+            typed = OmegaConf.from_dotlist(overrides)
+            if under is None:
+                asked = OmegaConf.select(typed, "distil.preset")
+                own = OmegaConf.select(from_file, "distil")
+                if isinstance(asked, str) and OmegaConf.is_dict(own):
+                    from_file.distil = _under(asked, OmegaConf.to_container(own))
+            else:
+                typed = OmegaConf.create({under: typed})
+            together = OmegaConf.merge(from_file, typed)
+            plain = OmegaConf.to_container(together, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; configs/ holds examples") from None
     except IsADirectoryError:
@@ -91,16 +92,34 @@ def validated(
         raise UserError(_first_line(error, where, overrides, section)) from None
 
 
-def _check_environment(text: str) -> None:
-    """`${oc.env:NAME}` stands for a variable of the environment, and what it stands for is written
-    into the run folder. Raises UserError where that is a secret.
+@contextmanager
+def _no_secrets_of_the_environment() -> Iterator[None]:
+    """Inside, `${oc.env:NAME}` stands for no secret: what it stands for is written into the run
+    folder. Raises UserError where one is asked for, however its name is written.
     """
-    for name in re.findall(r"\$\{\s*oc\.env\s*:\s*([^,}]*)", text):
-        if names_a_secret(name) or "$" in name:
-            raise UserError(
-                f"${{oc.env:{name}}}: may be a secret, which the run folder would keep; leave it "
-                "in the environment"
-            )
+    refused: list[str] = []
+
+    def variable(name: Any, *default: object) -> object:
+        if not names_a_secret(str(name)):
+            value = oc.env(str(name), *default)
+            if without_secrets(str(value)) == str(value):
+                return value
+        refused.append(str(name))
+        raise ValueError("may be a secret")
+
+    OmegaConf.register_resolver("oc.env", variable, replace=True, annotation_validation="off")
+    try:
+        yield
+    except OmegaConfBaseException:
+        if not refused:
+            raise
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True, annotation_validation="off")
+    if refused:
+        raise UserError(
+            f"${{oc.env:{refused[0]}}}: may be a secret, which the run folder would keep; leave it "
+            "in the environment"
+        )
 
 
 def checked(section: type[SomeSection], values: dict[str, Any]) -> SomeSection:

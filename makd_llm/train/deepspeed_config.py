@@ -50,6 +50,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
     _check_known_keys(config, path)
     _check_types(config, path)
+    _check_zero(config.get("zero_optimization", {}), path)
     _check_secrets(config, path, "")
     if "optimizer" not in config:
         raise UserError(f"{path}: no optimizer; add one, as ds_configs/zero3.json has")
@@ -153,6 +154,27 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
         raise UserError(f'{path}: optimizer.params.lr is {rate!r}; expected a number or "auto"')
 
 
+def _check_zero(section: dict[str, Any], path: Path) -> None:
+    """By DeepSpeed's own class, whose errors are many lines and come when models are loaded."""
+    import difflib
+
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["zero_optimization", *(str(part) for part in first["loc"])])
+        reason = first["msg"]
+        if first["type"] == "extra_forbidden":
+            fields = DeepSpeedZeroConfig.model_fields
+            known = [*fields, *(str(f.alias) for f in fields.values() if f.alias)]
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            reason = "unknown to DeepSpeed" + (f"; did you mean {near[0]}?" if near else "")
+        raise UserError(f"{path}: {place}: {reason}") from None
+
+
 def training_config(
     deepspeed: dict[str, Any], train: TrainConfig, *, world_size: int, ds_path: Path, section: str
 ) -> dict[str, Any]:
@@ -250,7 +272,13 @@ def _multiply_out(config: dict[str, Any], world_size: int, ds_path: Path) -> Non
         micro = batch // (world_size * (accumulation or 1))
     if accumulation is None:
         accumulation = max(1, batch // (world_size * max(1, micro)))
-    if batch != micro * accumulation * world_size or micro < 1:
+    if micro < 1:
+        raise UserError(
+            f"{ds_path}: a batch of {batch} records has less than one for each of {world_size} "
+            f"ranks{f' and {accumulation} micro-batches' if accumulation > 1 else ''}; choose a "
+            "larger batch size, or fewer ranks"
+        )
+    if batch != micro * accumulation * world_size:
         raise UserError(
             f"{ds_path}: batch size {batch} is not micro-batch {micro} x "
             f"accumulation {accumulation} x {world_size} ranks; "

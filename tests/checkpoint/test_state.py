@@ -89,6 +89,9 @@ def test_only_the_newest_few_are_kept(tmp_path: Path) -> None:
         (lambda f: (f / "weights.pt").unlink(), "weights.pt is missing"),
         (lambda f: (f / "manifest.json").unlink(), "manifest is missing"),
         (lambda f: _flip(f / "weights.pt"), "SHA-256 differs"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest does not name 'about.json'"),
+        (lambda f: (f / "more.pt").write_text("x"), "manifest does not name 'more.pt'"),
+        (lambda f: (f / "rank-0.pt").rename(f / "rank-1.pt") and sign(f), "not name 'rank-0.pt'"),
     ],
 )
 def test_a_damaged_one_is_reported_and_the_one_before_it_is_used(
@@ -255,6 +258,55 @@ def test_what_another_put_into_a_checkpoint_is_not_run(
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "done").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def scripted(path: Path) -> None:
+    """TorchScript: a file with code in it."""
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        scripted,
+        lambda path: path.write_bytes(b"expired, and no checkpoint\n"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    ],
+    ids=["script", "garbage", "empty", "cut"],
+)
+@pytest.mark.parametrize("name", ["weights.pt", "rank-0.pt"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(case: Case, put: Any, name: str) -> None:
+    """The manifest fits."""
+    folder = step_folder(case, 3)
+    put(folder / name)
+    sign(folder)
+    with pytest.raises(UserError, match="take a checkpoint that this program wrote") as caught:
+        case.loaded()
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_ranks_file_that_holds_something_else_is_refused(case: Case) -> None:
+    folder = step_folder(case, 3)
+    torch.save([1, 2], folder / "rank-0.pt")
+    sign(folder)
+    with pytest.raises(UserError, match=r"rank-0.pt: not the state of a rank"):
+        case.loaded()
+
+
+def test_what_deepspeed_fails_of_is_not_taken_for_the_file(case: Case) -> None:
+    class Fails(Engine):
+        def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+            super().load_checkpoint(folder, tag)
+            raise KeyError("a defect")
+
+    with pytest.raises(KeyError, match="a defect"):
+        case.checkpoints.load(Fails())  # type: ignore[arg-type]
+
+
+def test_hidden_files_that_a_file_system_leaves_are_no_damage(case: Case) -> None:
+    (step_folder(case, 3) / ".nfs0001").write_text("x")
+    assert case.loaded() == (3.0, {"step": 3}) and not case.said
 
 
 def test_a_manifest_cannot_name_a_file_elsewhere(case: Case, tmp_path: Path) -> None:

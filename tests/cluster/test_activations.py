@@ -1,5 +1,7 @@
 """What the planner says a layer keeps, against what autograd keeps in a real one."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,23 +45,41 @@ def kept_bytes(config: object, dtype: torch.dtype) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", list(RULES))
-def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype) -> None:
+def said_and_kept(family: str, dtype: torch.dtype, **changed: Any) -> tuple[int, float]:
+    """Bytes per token of a second layer: what the planner says, and what autograd keeps."""
     totals, sizes = [], None
     for layers in (1, 2):
         config = _without_dropout(tiny_config(family))
+        for name, value in changed.items():
+            setattr(config, name, value)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
-            config.layer_types = ["full_attention"] * layers
-        if getattr(config, "sliding_window", None):
-            config.sliding_window = 4096  # beyond a shorter one a mask is made
+            config.layer_types = config.layer_types[:1] * layers
         student = student_config(config, 0.6, 1)
         sizes = sizes_of(student)
         totals.append(kept_bytes(student, dtype))
     assert sizes is not None
-    measured = (totals[1] - totals[0]) / TOKENS
-    assert layer_keeps(sizes, dtype.itemsize, 1) == pytest.approx(measured, rel=0.02)
+    return layer_keeps(sizes, dtype.itemsize, 1, TOKENS), (totals[1] - totals[0]) / TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", list(RULES))
+def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype) -> None:
+    types = {"layer_types": ["full_attention"]} if family == "gemma3_text" else {}
+    said, kept = said_and_kept(family, dtype, **types)
+    assert said == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("window", [TOKENS // 4, TOKENS, 2 * TOKENS])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi3"])
+def test_a_layer_keeps_its_windows_mask(family: str, window: int) -> None:
+    said, kept = said_and_kept(family, torch.bfloat16, sliding_window=window)
+    assert said == pytest.approx(kept, rel=0.02)
+
+
+def test_a_layer_that_is_not_parallel_keeps_both_streams() -> None:
+    said, kept = said_and_kept("gpt_neox", torch.bfloat16, use_parallel_residual=False)
+    assert said == pytest.approx(kept, rel=0.02)
 
 
 def test_every_family_that_can_be_distilled_has_rules() -> None:

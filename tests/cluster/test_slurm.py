@@ -263,11 +263,13 @@ def test_submit_prints_with_dry_run_and_hands_over_without(
     config = tmp_path / "mine.yaml"
     config.write_text("seed: 1\n")
     call = ["slurm", "submit", "--ds", ZERO3, "--config", str(config), "--nodes", "2"]
+    call += ["--env", "NCCL_SOCKET_IFNAME=ib0"]
     call += ["--gpus", "4", "--sbatch=--time=1:00:00", "distil.train.batch_size=16", "run_dir=x y"]
     main([*call, "--dry-run"])
     printed = capsys.readouterr().out
     wanted = ["--nodes=2", "--ntasks-per-node=4", "--signal=TERM@120", "--time=1:00:00"]
     assert all(f"#SBATCH {option}\n" in printed for option in wanted)
+    assert "variables=(NCCL_SOCKET_IFNAME=ib0)\n" in printed
     assert "'run_dir=x y'" in printed and f"python={sys.executable}\n" in printed
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f"#!/bin/sh\ncat >{tmp_path}/handed; echo '41;somewhere'\n")
@@ -291,6 +293,9 @@ def test_submit_prints_with_dry_run_and_hands_over_without(
         (["--env", "x"], "--env x: not of the form NAME=VALUE"),
         (["--env", "a b=c"], "'a b' is no name of a variable"),
         (["evaluation.max_new_tokens=5000"], "half the window"),
+        (["--env", "HF_TOKEN=s3cret"], "--env HF_TOKEN looks like a secret"),
+        (["--env", "HTTPS_PROXY=http://me:s3cret@p:1"], "--env HTTPS_PROXY looks like a secret"),
+        (["--sbatch=--export=ALL,DB_PASS=s3cret"], "environment, which sbatch hands on by itself"),
         (["--sbatch=time=1"], "no option that an #SBATCH line"),
         (["--until", "dinner"], "--until dinner: not one of"),
     ],
@@ -307,8 +312,9 @@ def test_wrong_submissions_end_in_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["slurm", "submit", "--ds", ZERO3, "--config", str(tmp_path / "mine.yaml"), *more])
     assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert words in line
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert words in line and "s3cret" not in line + printed.out
 
 
 def test_a_sweep_without_a_config_and_a_refusal_of_sbatch(

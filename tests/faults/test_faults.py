@@ -290,8 +290,8 @@ def test_a_file_of_the_newest_checkpoint_is_damaged(
         case = copy(begun, name.partition(".")[0].strip("*"))
         damage(next((case.checkpoints / "step-00000006").glob(name)))
         said = case.finish()
-        assert (words if name != "manifest.json" else "step-00000006: its manifest") in said
-        assert "trying the one before it" in said
+        assert "step-00000006: " in said and "trying the one before it" in said
+        assert name == "manifest.json" or words in said  # what it says depends on where it is hit
         lost += max(0, 4 - resumed(said))  # step 4 is the newest sound one
         assert case.equals(undisturbed())
     note(Row(fault, 4, lost, "says so; the one before it", SAME))
