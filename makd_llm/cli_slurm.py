@@ -204,9 +204,13 @@ def _job(
     container: str,
     runner: str,
     variables: list[str],
+    options: tuple[str, ...],
     **more: Any,
 ) -> Job:
     """A job as the options ask for it. Raises UserError."""
+    for option in options:
+        if (shown := without_secrets(option)) != option:
+            raise _secret(f"--sbatch={shown}")
     if runner not in RUNNERS:
         raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
     if container and venv:
@@ -224,6 +228,7 @@ def _job(
         # With modules too: what they load is for this Python to find.
         python="python" if container or venv else sys.executable,
         variables=tuple(_pair(given) for given in variables),
+        options=options,
         **more,
     )
 

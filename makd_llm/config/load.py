@@ -54,12 +54,13 @@ def read_values(
                     "found a list or a single value"
                 )
             typed = OmegaConf.from_dotlist(overrides)
-            if under is not None:
+            if under is None:
+                asked = OmegaConf.select(typed, "distil.preset")
+                own = OmegaConf.select(from_file, "distil")
+                if isinstance(asked, str) and OmegaConf.is_dict(own):
+                    from_file.distil = _under(asked, OmegaConf.to_container(own))
+            else:
                 typed = OmegaConf.create({under: typed})
-            asked = OmegaConf.select(typed, "distil.preset")
-            own = OmegaConf.select(from_file, "distil")
-            if isinstance(asked, str) and OmegaConf.is_dict(own):
-                from_file.distil = _under(asked, OmegaConf.to_container(own))
             together = OmegaConf.merge(from_file, typed)
             plain = OmegaConf.to_container(together, resolve=True)
     except FileNotFoundError:
