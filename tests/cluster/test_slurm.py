@@ -160,14 +160,13 @@ def test_a_task_of_an_array_is_queued_again_by_itself(tmp_path: Path) -> None:
     sweep = render(Job(("--ds", "z"), configs=("a.yaml",), seeds=(0, 1, 2, 3)))
     _, called, printed = run_script(tmp_path, sweep, code=75, **task)
     assert ["scontrol", "requeue", "7_3"] in called
-    assert "job 7_3 is queued again" in printed
+    assert "job 7_3 goes back into the queue" in printed
 
 
 def test_where_slurm_does_not_queue_it_again_it_says_so(tmp_path: Path) -> None:
     code, _, printed = run_script(tmp_path, render(Job(("--ds", "z"))), code=75, REFUSES="1")
     assert code == 75
-    assert "job 7 cannot be queued again: submit it again" in printed
-    assert "is queued again" not in printed
+    assert "makd: job 7 was not taken back: submit it again" in printed
 
 
 def test_variables_for_the_ranks_outrule_the_scripts_own(tmp_path: Path) -> None:

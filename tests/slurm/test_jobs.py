@@ -64,7 +64,7 @@ def test_a_pre_empted_job_goes_on_and_ends_as_an_uninterrupted_one(
         print(f"\n--- the log of the job that was pre-empted\n{log}---")
     told = log.splitlines()
     assert sum("makd: distil: stopped at step" in line for line in told) == 2, "each rank says so"
-    assert f"makd: stopped by a signal (exit code 75); job {job} is queued again" in told
+    assert f"makd: stopped by a signal (exit code 75); job {job} goes back into the queue" in told
     assert f"makd: job {job} on n[1-2], start 1" in told
     assert "sft: stands in" in log and "distil: resumed at step" in log
     assert "Traceback" not in log
@@ -88,7 +88,7 @@ def test_a_job_that_nears_its_time_limit_saves_and_goes_on(
         time.sleep(0.5)
     cluster.ask("scancel", job)
     (stopped,) = re.findall(r"stopped at step (\d+) of 100000, state saved", log)
-    assert f"makd: stopped by a signal (exit code 75); job {job} is queued again" in log
+    assert f"makd: stopped by a signal (exit code 75); job {job} goes back into the queue" in log
     assert f"distil: resumed at step {stopped} of 100000" in log
 
 
@@ -101,7 +101,7 @@ def test_a_cancelled_job_is_not_queued_again(cluster: Any, config: Path, tmp_pat
     wait_for_step(run_dir, 2)
     cluster.ask("scancel", job)
     assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "0"
-    assert "queued again" not in cluster.log(job)
+    assert "into the queue" not in cluster.log(job)
 
 
 def test_a_sweep_is_an_array_with_a_folder_for_each_run(
@@ -142,7 +142,7 @@ def test_a_pre_empted_run_of_a_sweep_leaves_the_others_alone(
         time.sleep(0.2)
     other = cluster.about(f"{job}_0")
     assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
-    assert f"job {job}_1 is queued again" in cluster.log(f"{job}_1")
+    assert f"job {job}_1 goes back into the queue" in cluster.log(f"{job}_1")
     cluster.ask("scancel", job)
 
 
