@@ -139,7 +139,7 @@ def measured_before(case: Case) -> tuple[Rows, Rows]:
 def measured_now(case: Case, scratch: Path) -> tuple[Rows, Rows]:
     """Runs a case: its row, and one for each collective that carries more than counts and means."""
     folders(Case("tiny", 1, 64), scratch)  # the baseline's; the case's own were made to plan it
-    found = launch(HERE, case, scratch / "ranks").results()
+    found = launch(HERE, case, scratch / "ranks", MALLOC_MMAP_THRESHOLD_="65536").results()
     row = {
         "case": case.name,
         "predicted_MB": "",

@@ -166,10 +166,14 @@ def random_rows(records: int, length: int, vocabulary: int) -> Batch:
     return collate(examples, pad_id=0)
 
 
-def launch(script: Path, case: Case, folder: Path, *arguments: str) -> "Launched":
-    """Starts the ranks of a case: `script --measure CASE --folder FOLDER ARGUMENTS` in each."""
+def launch(
+    script: Path, case: Case, folder: Path, *arguments: str, **environment: str
+) -> "Launched":
+    """Starts the ranks of a case: `script --measure CASE --folder FOLDER ARGUMENTS` in each.
+    environment: variables for them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script)]
     command += ["--measure", json.dumps(asdict(case)), "--folder", str(folder), *arguments]

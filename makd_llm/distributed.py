@@ -64,6 +64,7 @@ def init() -> None:
             MASTER_PORT=str(free_port()),
         )
         os.environ.update(_GROUP_OF_ONE)
+    first = not dist.is_initialized()
     accelerator = get_accelerator()
     accelerator.set_device(local_rank())
     # By this variable DeepSpeed learns that all CPU ranks share a machine, and then lays 66 MiB of
@@ -83,7 +84,8 @@ def init() -> None:
             os.environ["LOCAL_SIZE"] = local_size
     # DeepSpeed has Python look for garbage several times while it makes an engine, each time
     # through all that was ever imported (0.6 s); what is there by now is not looked at again.
-    gc.freeze()
+    if first:
+        gc.freeze()
 
 
 @contextmanager

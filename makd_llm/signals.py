@@ -6,6 +6,7 @@ time later, and its exit code would not say that the same command goes on. So a 
 it, and ends the process where the call does not come back in time.
 """
 
+import functools
 import os
 import signal
 import socket
@@ -29,6 +30,12 @@ def stop_at_signals() -> None:
     """
     for kind in KINDS:
         signal.signal(kind, _stop)
+    _start_watching(os.getpid())
+
+
+@functools.cache
+def _start_watching(process: int) -> None:
+    """Once in a process; one that was forked has no threads of the other's."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)

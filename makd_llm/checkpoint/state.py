@@ -14,7 +14,6 @@ Checkpoints of another config are set aside as `FOLDER.DIGEST` and taken back wh
 asked for again; they go when the stage is done.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -280,11 +279,11 @@ def _fresh(folder: Path, about: dict[str, Any]) -> None:
 def _about(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None where that is not what its manifest names."""
     try:
-        written = (folder / ABOUT).read_bytes()
+        path = folder / ABOUT
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest[ABOUT] != [len(written), hashlib.sha256(written).hexdigest()]:
+        if manifest[ABOUT] != [path.stat().st_size, sha256_of(path)]:
             return None
-        found = json.loads(written)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, dict) else None
