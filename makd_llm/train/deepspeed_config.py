@@ -6,6 +6,7 @@ that names both. `OWNED` is the table, ds_configs/README.md its prose.
 """
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,6 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
 
 def _check_known_keys(config: dict[str, Any], path: Path) -> None:
     """DeepSpeed ignores keys it does not know; a misspelt one would silently change the run."""
-    import difflib
-
     from deepspeed.runtime import constants
     from deepspeed.runtime.config import DeepSpeedConfig  # noqa: F401  (fills the constants' module)
 
@@ -156,8 +155,6 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
 
 def _check_zero(section: dict[str, Any], path: Path) -> None:
     """By DeepSpeed's own class, whose errors are many lines and come when models are loaded."""
-    import difflib
-
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -147,7 +147,7 @@ class Loop:
         self._set_multipliers()
         batches = self._batches()
         mine = counts_of(batches)
-        counts = torch.tensor([*mine.values()], dtype=torch.float64)
+        counts = torch.tensor(list(mine.values()), dtype=torch.float64)
         totals = distributed.sum_over_ranks(counts).tolist()
         denominators = {u: max(n, 1.0) for u, n in zip(mine, totals, strict=True)}
         sums: dict[str, torch.Tensor] = {}
