@@ -13,10 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slurm check bench gpu format clean
+.PHONY: help setup demo test test-faults test-slurm test-report test-ecosystem check bench gpu format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv and install into it the tested versions
 
@@ -58,6 +58,32 @@ test-slurm: $(INSTALLED) ## two SLURM nodes and two network namespaces on this m
 	|| { tail -n 20 $$log; echo "test-slurm: apt-get could not install $(SLURM_PACKAGES); its words are in $$log" >&2; exit 2; }
 	PATH="$$PATH:/usr/sbin:/sbin" MAKD_TEST_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/pytest -v -m cluster tests/slurm $(ARGS)
 
+# Debian's Chromium, installed as root where none is found; screenshots go to $(SHOTS).
+SHOTS ?= runs/screenshots
+test-report: $(INSTALLED) ## look at the report in Chromium, wide and phone-sized, light and dark, with screenshots
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+	test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { echo "test-report: no chromium found, and it takes root and apt-get to install it; install it (Debian: chromium)" >&2; exit 2; }; \
+	echo "test-report: installing chromium"; log=$$(mktemp); \
+	{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >$$log 2>&1 \
+	|| { tail -n 20 $$log; echo "test-report: apt-get could not install chromium; its words are in $$log" >&2; exit 2; }; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	MAKD_TEST_BROWSER=1 MAKD_SHOTS="$(abspath $(SHOTS))" $(BIN)/pytest -m browser tests/report $(ARGS)
+	@echo "test-report: screenshots in $(SHOTS)"
+
+# What scikit-learn, which lm-eval brings, would slow down in .venv: see pyproject.toml. This one sees
+# the libraries of .venv and adds to them.
+ECOSYSTEM := .venv-ecosystem
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(ECOSYSTEM)/.installed: $(INSTALLED)
+	@echo "test-ecosystem: making $(ECOSYSTEM) with lm-eval and wandb (once)"
+	@$(BIN)/python -m venv $(ECOSYSTEM)
+	@$(BIN)/python $(SITE) >"$$($(ECOSYSTEM)/bin/python $(SITE))/libraries.pth"
+	@$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	@touch $@
+
+test-ecosystem: $(ECOSYSTEM)/.installed ## a student under lm-eval, and a run with W&B (offline)
+	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest -v tests/ecosystem $(ARGS)
+
 check: $(INSTALLED) ## format, lint, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -82,5 +108,5 @@ format: $(INSTALLED) ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and everything built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ECOSYSTEM) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,9 +16,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from makd_llm.cli_compare import compare
+from makd_llm.cli_doctor import doctor
 from makd_llm.cli_generate import generate
-from makd_llm.cli_options import Debug, Overrides
+from makd_llm.cli_options import Debug, Overrides, presets, stages
 from makd_llm.cli_plan import plan
+from makd_llm.cli_report import report
 from makd_llm.cli_slurm import slurm
 from makd_llm.cluster.slurm import rendezvous
 from makd_llm.errors import RunEnded, UserError
@@ -34,7 +37,6 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Distils a large language model into a small low-rank student.",
@@ -74,11 +76,17 @@ def train(
     overrides: Overrides = None,
     until: Annotated[
         str,
-        typer.Option("--until", help=f"The last stage: {', '.join(STAGES)}."),
+        typer.Option(
+            "--until", help=f"The last stage: {', '.join(STAGES)}.", autocompletion=stages
+        ),
     ] = "evaluate",
     preset: Annotated[
         str | None,
-        typer.Option("--preset", help="What is learnt: distil.preset; configs/presets has them."),
+        typer.Option(
+            "--preset",
+            help="What is learnt: distil.preset; configs/presets has them.",
+            autocompletion=presets,
+        ),
     ] = None,
     local_rank: LocalRank = 0,
     debug: Debug = False,
@@ -200,8 +208,11 @@ def factorize(
                     show(stages_table(report["held_out"]["stages"]))
 
 
+app.command()(compare)
 app.command()(generate)
 app.command()(plan)
+app.command()(doctor)
+app.command()(report)
 app.add_typer(slurm, name="slurm")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from makd_llm.cli_options import Debug
+from makd_llm.cli_options import Debug, presets
 from makd_llm.errors import UserError
 
 
@@ -21,7 +21,7 @@ def plan(
     student: Annotated[
         Path | None, typer.Option(help="Or the student's folder or config.json.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="What is learnt.")] = "makd",
+    preset: Annotated[str, typer.Option(help="What is learnt.", autocompletion=presets)] = "makd",
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus: Annotated[int, typer.Option(help="Devices, and ranks, of each machine.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40 or cpu.")] = "h100",

@@ -1,14 +1,16 @@
-"""`makd slurm submit`: a run, or a sweep of runs, as a batch job."""
+"""`makd slurm submit` and `makd slurm compare`: a run, a sweep or a comparison as batch jobs."""
 
 import io
 import shlex
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from makd_llm import cli_compare as compared
 from makd_llm.cli_options import Debug, Overrides
 from makd_llm.cluster.slurm import RUNNERS, Job, render
 from makd_llm.cluster.slurm import submit as hand_to_sbatch
@@ -18,10 +20,37 @@ from makd_llm.stages import STAGES
 
 slurm = typer.Typer(help="Runs as batch jobs of SLURM.", no_args_is_help=True)
 
-
-@slurm.callback()
-def _group() -> None:
-    """Makes `submit` a command of its own also while it is the only one."""
+AtOnce = Annotated[
+    int | None, typer.Option("--at-once", min=1, help="Of an array's runs, at most.")
+]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="How many.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=0, help="Of each node.")]
+Ranks = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="On each node; default: its GPUs, or 1.")
+]
+Notice = Annotated[
+    int,
+    typer.Option("--notice", min=0, help="Seconds before the time limit for a step and saving."),
+]
+Name = Annotated[str, typer.Option("--name", help="The job's.")]
+Output = Annotated[
+    str | None, typer.Option("--output", help="The log file, with sbatch's % patterns.")
+]
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option("--sbatch", help="Any option of sbatch: --sbatch=--time=1:00:00; repeatable."),
+]
+Modules = Annotated[
+    list[str] | None, typer.Option("--module", help="For `module load`; repeatable.")
+]
+Venv = Annotated[str, typer.Option("--venv", help="A virtual environment; default: this Python.")]
+Container = Annotated[str, typer.Option("--container", help="An image to run in.")]
+Runner = Annotated[str, typer.Option("--runner", help=f"Of the container: {', '.join(RUNNERS)}.")]
+Env = Annotated[
+    list[str] | None,
+    typer.Option("--env", help="NAME=VALUE for the ranks, e.g. NCCL_SOCKET_IFNAME=ib0."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script and submit nothing.")]
 
 
 @slurm.command()
@@ -35,49 +64,24 @@ def submit(
         list[int] | None, typer.Option("--seed", help="A sweep over seeds: --seed 0 --seed 1 ...")
     ] = None,
     runs: Annotated[str, typer.Option("--runs", help="The folder of a sweep's runs.")] = "runs",
-    at_once: Annotated[
-        int | None, typer.Option("--at-once", min=1, help="Of a sweep's runs, at most.")
-    ] = None,
+    at_once: AtOnce = None,
     until: Annotated[str, typer.Option("--until", help="The last stage.")] = STAGES[-1],
     preset: Annotated[
         str | None, typer.Option("--preset", help="What is learnt: distil.preset.")
     ] = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="Of each node.")] = 0,
-    ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="On each node; default: its GPUs, or 1.")
-    ] = None,
-    notice: Annotated[
-        int,
-        typer.Option(
-            "--notice", min=0, help="Seconds before the time limit for a step and saving."
-        ),
-    ] = 120,
-    name: Annotated[str, typer.Option("--name", help="The job's.")] = "makd",
-    output: Annotated[
-        str | None, typer.Option("--output", help="The log file, with sbatch's % patterns.")
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch", help="Any option of sbatch: --sbatch=--time=1:00:00; repeatable."),
-    ] = None,
-    module: Annotated[
-        list[str] | None, typer.Option("--module", help="For `module load`; repeatable.")
-    ] = None,
-    venv: Annotated[
-        str, typer.Option("--venv", help="A virtual environment; default: this Python.")
-    ] = "",
-    container: Annotated[str, typer.Option("--container", help="An image to run in.")] = "",
-    runner: Annotated[
-        str, typer.Option("--runner", help=f"Of the container: {', '.join(RUNNERS)}.")
-    ] = RUNNERS[0],
-    env: Annotated[
-        list[str] | None,
-        typer.Option("--env", help="NAME=VALUE for the ranks, e.g. NCCL_SOCKET_IFNAME=ib0."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the script and submit nothing.")
-    ] = False,
+    nodes: Nodes = 1,
+    gpus: Gpus = 0,
+    ranks: Ranks = None,
+    notice: Notice = 120,
+    name: Name = "makd",
+    output: Output = None,
+    sbatch: Sbatch = None,
+    module: Modules = None,
+    venv: Venv = "",
+    container: Container = "",
+    runner: Runner = RUNNERS[0],
+    env: Env = None,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Renders slurm/distil.sbatch for a run and hands it to sbatch. What is pre-empted, or comes
@@ -85,10 +89,6 @@ def submit(
     """
     if until not in STAGES:
         raise UserError(f"--until {until}: not one of {', '.join(STAGES)}")
-    if runner not in RUNNERS:
-        raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
-    if container and venv:
-        raise UserError("--container and --venv: the Python is the container's own; name one")
     configs, seeds = tuple(config or ()), tuple(seed or ())
     sweep = len(configs) > 1 or bool(seeds)
     arguments = ["--ds", str(ds), "--until", until]
@@ -98,15 +98,11 @@ def submit(
         _check_sweep(configs, overrides or [])
     elif configs:
         arguments += ["--config", configs[0]]
-    variables = [_pair(given) for given in env or []]
-    for option in sbatch or ():
-        if (shown := without_secrets(option)) != option:
-            raise _secret(f"--sbatch={shown}")
-    job = Job(
+    job = _job(
         (*arguments, *(overrides or [])),
         nodes=nodes,
-        ranks=ranks or gpus or 1,
         gpus=gpus,
+        ranks=ranks,
         notice=notice,
         name=name,
         output=output,
@@ -115,14 +111,11 @@ def submit(
         venv=venv,
         container=container,
         runner=runner,
-        # With modules too: what they load is for this Python to find.
-        python="python" if container or venv else sys.executable,
-        variables=tuple(variables),
-        configs=configs if sweep else (),
-        seeds=(seeds or (0,)) if sweep else (),
-        runs=runs,
+        variables=env or [],
         at_once=at_once,
     )
+    if sweep:
+        job = replace(job, configs=configs, seeds=seeds or (0,), runs=runs)
     script = render(job)
     # DeepSpeed says that a login node has no GPU, and says it where the script is to go.
     with redirect_stdout(io.StringIO()):
@@ -131,7 +124,113 @@ def submit(
         print(script, end="")
         return
     number = hand_to_sbatch(script)
-    print(f"submitted: job {number}" + (f", {job.tasks} runs" if job.tasks else ""))
+    print(f"submitted: job {number}" + (f", {len(job.tasks)} runs" if job.tasks else ""))
+
+
+@slurm.command()
+def compare(
+    config: compared.Config,
+    overrides: Overrides = None,
+    rows: compared.Rows = None,
+    keep: compared.Keep = None,
+    seeds: compared.Seeds = None,
+    folder: compared.Folder = None,
+    ds: compared.Ds = None,
+    at_once: AtOnce = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 0,
+    ranks: Ranks = None,
+    notice: Notice = 120,
+    name: Name = "makd-compare",
+    output: Output = None,
+    sbatch: Sbatch = None,
+    module: Modules = None,
+    venv: Venv = "",
+    container: Container = "",
+    runner: Runner = RUNNERS[0],
+    env: Env = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """A comparison as two jobs: what its rows share, and an array with a task for each row, which
+    waits for the first. Rows that stand are left out.
+    """
+    job = _job(
+        (),
+        nodes=nodes,
+        gpus=gpus,
+        ranks=ranks,
+        notice=notice,
+        name=name,
+        output=output,
+        options=tuple(sbatch or ()),
+        modules=tuple(module or ()),
+        venv=venv,
+        container=container,
+        runner=runner,
+        variables=env or [],
+        at_once=at_once,
+        command="compare",
+    )
+    # What DeepSpeed says of a login node without a GPU is not to be in the script's place.
+    with redirect_stdout(io.StringIO()):
+        asked = compared.Asked(config, overrides or [], nodes * job.ranks, folder, ds)
+        todo = asked.todo(rows, keep, seeds)
+    job = replace(job, arguments=tuple(asked.arguments))
+    jobs = {}
+    if todo.shared:
+        jobs["what the rows share"] = replace(job, arguments=(*job.arguments, "--prepare"))
+    if todo.rows:
+        jobs[f"{len(todo.rows)} rows"] = replace(job, rows=todo.rows)
+    if not jobs:
+        print("nothing to submit: every row stands")
+    waits: tuple[str, ...] = ()
+    for words, one in jobs.items():
+        script = render(replace(one, options=(*one.options, *waits)))
+        if dry_run:
+            print(script, end="")
+            continue
+        number = hand_to_sbatch(script)
+        print(f"submitted: job {number}, {words}")
+        waits = (f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes")
+
+
+def _job(
+    arguments: tuple[str, ...],
+    *,
+    gpus: int,
+    ranks: int | None,
+    venv: str,
+    container: str,
+    runner: str,
+    variables: list[str],
+    options: tuple[str, ...],
+    **more: Any,
+) -> Job:
+    """A job as the options ask for it. Raises UserError."""
+    for option in options:
+        if (shown := without_secrets(option)) != option:
+            raise _secret(f"--sbatch={shown}")
+    if runner not in RUNNERS:
+        raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
+    if container and venv:
+        raise UserError("--container and --venv: the Python is the container's own; name one")
+    for option in more.get("options", ()):
+        if (shown := without_secrets(option)) != option:
+            raise _secret(f"--sbatch={shown}")
+    return Job(
+        arguments,
+        ranks=ranks or gpus or 1,
+        gpus=gpus,
+        venv=venv,
+        container=container,
+        runner=runner,
+        # With modules too: what they load is for this Python to find.
+        python="python" if container or venv else sys.executable,
+        variables=tuple(_pair(given) for given in variables),
+        options=options,
+        **more,
+    )
 
 
 def _check_sweep(configs: tuple[str, ...], overrides: list[str]) -> None:

@@ -64,6 +64,10 @@ class RankFailed(RunEnded):
         self.exit_code = exit_code
 
 
+class RowsFailed(RunEnded):
+    """Some rows of a comparison could not be made; the others stand."""
+
+
 class Diverged(RunEnded):
     """Too many steps in a row whose loss or gradient was not finite."""
 

@@ -31,7 +31,7 @@ from makd_llm.factorize.student import MatrixReport, Recipe, clear_parts, factor
 from makd_llm.files import write_json, write_whole
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.report.card import student_card
-from makd_llm.report.plots import factorization_plot, stages_plot
+from makd_llm.report.page import write_report
 from makd_llm.train.build import build_prompts, build_records
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -135,9 +135,7 @@ def _write(out: Path, report: dict[str, Any]) -> None:
     try:
         write_json(out / REPORT, report)
         write_whole(out / "README.md", student_card(report))
-        factorization_plot(report, out / "factorization.png")
-        if stages := report.get("held_out", {}).get("stages"):
-            stages_plot(stages, out / "stages.png")
+        write_report(out)
     except OSError as error:
         raise unwritable(out, error) from error
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from makd_llm import distributed
 from makd_llm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -42,13 +41,16 @@ def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, name: str) -> Iterator[None]:
+def claimed(folder: Path, name: str, lock_name: str = ".lock") -> Iterator[None]:
     """Makes the folder and keeps a second run out of it; a killed process's claim goes with it.
 
-    name: the setting that named the folder, for messages. Collective. Raises UserError where
-    another run is at work there, or the folder cannot be written.
+    name: the setting that named the folder, for messages. lock_name: of the file that says so, one
+    for each kind of claim. Collective. Raises UserError where another run is at work there, or the
+    folder cannot be written.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    from makd_llm import distributed  # brings torch, for which `makd --help` should not wait
+
+    lock = FileLock(folder / lock_name, timeout=0)
     distributed.on_main(_claim, lock, folder, name)
     try:
         yield

@@ -1,5 +1,5 @@
-"""A run from teacher to table: sft -> (shape) -> factorize -> (write) -> (teach) -> distil ->
-(merge) -> evaluate.
+"""A run from teacher to table: sft -> (shape) -> factorize -> (baselines) -> (write) -> (teach) ->
+distil -> (merge) -> evaluate.
 
 Each stage ends in a folder of the run (a Hugging Face model, or the evaluation) and is skipped
 while that result stands under the same config. Every function here is collective: all ranks call
@@ -50,12 +50,13 @@ from makd_llm.offline import manifest
 from makd_llm.offline.read import TeacherCache
 from makd_llm.redaction import without_secrets_in
 from makd_llm.report.card import student_card
-from makd_llm.report.plots import factorization_plot
+from makd_llm.report.page import write_report
 from makd_llm.report.table import factorization_table, show, show_evaluation
 from makd_llm.reshape.reshape import Shape, check_shape
 from makd_llm.stages import STAGES, Key, Stages, digest
 from makd_llm.teacher_summaries import Task, write_with_engine
 from makd_llm.teaching import Teaching
+from makd_llm.train import monitors
 from makd_llm.train.build import (
     build_balance,
     build_chains,
@@ -143,6 +144,7 @@ class Run:
                 "distil.offline is null, so there is nothing to write; set distil.offline.top_k"
             )
         with claimed(self.dir, "run_dir"), one_ending(self.dir):
+            distributed.on_main(monitors.prepare, self.deepspeed, self.ds_path, self.dir)
             self._execute(wanted)
 
     def _execute(self, wanted: tuple[str, ...]) -> None:
@@ -153,7 +155,8 @@ class Run:
         if self.teaching is not None:
             self.teaching.check_given(given)
         # Looked at first: a split that is missing is not to be found at the end.
-        validation_file = self._content_of_data(validation=True) if "evaluate" in wanted else None
+        measures = wanted[-1] in ("baselines", "evaluate")
+        validation_file = self._content_of_data(validation=True) if measures else None
         content = self._content_of_data(validation=False)
         self._data = {
             "source": f"{self.config.data.source} {self.config.data.train_split}",
@@ -169,6 +172,8 @@ class Run:
             "seed": self.config.seed,
             "dtype": str(self.dtype),
         }
+        # Nothing of a cut is drawn at random.
+        unseeded = {name: value for name, value in first.items() if name != "seed"}
         teacher, after = given, ""
         if self.config.sft.enabled:
             teacher = self.dir / "teacher"
@@ -181,7 +186,7 @@ class Run:
         start, tuned = teacher, after
         if self.shape is not None:
             start = self.dir / "shaped"
-            key = {**first, "student": self._shape_key(self.shape), "after": after}
+            key = {**unseeded, "student": self._shape_key(self.shape), "after": after}
             self._stage(
                 "shape", key, start, partial(self.cutting.shape, self.shape, teacher, start)
             )
@@ -193,10 +198,12 @@ class Run:
             return
         factorized = self.dir / "factorized"
         cut = self.config.student.model_dump(exclude=SHAPES)
-        key = {**first, "student": cut, "after": after}
+        key = {**unseeded, "student": cut, "after": after}
         make = partial(self._factorize, teacher, start, factorized)
         self._stage("factorize", key, factorized, make)
         before, written = digest(key), ""
+        if wanted[-1] == "baselines":
+            self._baselines(teacher, factorized, validation_file, before)
         if "write" not in wanted:
             return
         if self.config.distil.sequences.source == "teacher":
@@ -212,27 +219,56 @@ class Run:
         if "distil" not in wanted:
             return
         student = self.dir / "student"
-        key = self._key("distil", before)
+        key = {"seed": self.config.seed, **self._key("distil", before)}
         make = partial(self._distil, teacher, factorized, student, cache)
         self._stage("distil", key, student, make)
         self._merged(student, {"after": digest(key)})
         if "evaluate" not in wanted:
             return
+        key = self._evaluation_key(validation_file, digest(key))
+        result = self.dir / "evaluation.json"
+        evaluating = self._evaluating(validation_file)
+        make = partial(evaluating.write, teacher, start, factorized, student)
+        self._stage("evaluate", key, result, make)
+        self._show(result)
+
+    def _baselines(
+        self, teacher: Path, factorized: Path, validation_file: str | None, after: str
+    ) -> None:
+        """What the student will have to be compared with, measured before it learns."""
+        key = self._evaluation_key(validation_file, after)
+        result = self.dir / "baselines.json"
+        evaluating = self._evaluating(validation_file)
+        make = partial(evaluating.write_baselines, teacher, factorized)
+        self._stage("baselines", key, result, make)
+        self._show(result)
+
+    def _evaluation_key(self, validation_file: str | None, after: str) -> Key:
         asked = self.config.evaluation
-        key = {
+        return {
             "evaluation": asked.model_dump(),
             "validation": self.config.data.model_dump(
                 include={"validation_source", "validation_split"}
             ),
             "validation_file": validation_file,
             "text_file": distributed.on_main(sha256_of, asked.text) if asked.text else None,
-            "after": digest(key),
+            "after": after,
         }
-        result = self.dir / "evaluation.json"
-        self._stage(
-            "evaluate", key, result, partial(self._evaluate, teacher, start, factorized, student)
+
+    def _evaluating(self, validation_file: str | None) -> Evaluating:
+        return Evaluating(
+            self.config,
+            self.dir,
+            self.cutting,
+            self._frozen,
+            self.tell,
+            {"content": validation_file, "dtype": str(self.dtype)},
         )
+
+    def _show(self, result: Path) -> None:
+        """The table of an evaluation."""
         evaluation = distributed.on_main(lambda: json.loads(result.read_text(encoding="utf-8")))
+        distributed.on_main(write_report, self.dir)
         if distributed.is_main():
             show_evaluation(evaluation)
 
@@ -547,14 +583,9 @@ class Run:
         """start: the model that is cut, the teacher or what `shape` made of it."""
         report = self.cutting.factors(teacher, start, result)
         distributed.on_main(write_json, self.dir / "factorization.json", report)
-        distributed.on_main(factorization_plot, report, self.dir / "factorization.png")
-        distributed.on_main(write_whole, result / "README.md", student_card(report))
+        distributed.on_main(lambda: write_whole(result / "README.md", student_card(report)))
         if distributed.is_main():
             show(factorization_table(report))
-
-    def _evaluate(self, teacher: Path, start: Path, factorized: Path, student: Path) -> None:
-        evaluating = Evaluating(self.config, self.dir, self.cutting, self._frozen, self.tell)
-        evaluating.write(teacher, start, factorized, student)
 
     def _describe(self) -> None:
         """Writes the resolved config and the environment into the run folder."""

@@ -14,7 +14,8 @@ from typing import Any
 from makd_llm.errors import UserError
 from makd_llm.files import write_json
 
-STAGES = ("sft", "shape", "factorize", "write", "teach", "distil", "evaluate")
+STAGES = ("sft", "shape", "factorize", "baselines", "write", "teach", "distil", "evaluate")
+"""In order. `baselines` runs only where a run is to stop there."""
 
 Key = dict[str, Any]
 
@@ -40,6 +41,11 @@ class Stages:
     def done(self, stage: str) -> bool:
         """Whether the stage was finished, under whichever key."""
         return bool(self._read().get(stage, {}).get("done"))
+
+    def key_of(self, stage: str) -> Key | None:
+        """The key under which the stage was finished; None: it does not stand."""
+        entry = self._read().get(stage, {})
+        return entry["key"] if entry.get("done") else None
 
     def mark(self, stage: str, key: Key, *, done: bool) -> None:
         """Records that the stage starts, or that its result stands."""

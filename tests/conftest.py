@@ -24,15 +24,22 @@ settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
 
 
+NEEDS = {
+    "cluster": ("MAKD_TEST_CLUSTER", "needs root and SLURM; `make test-slurm` runs it"),
+    "browser": ("MAKD_TEST_BROWSER", "needs Chromium; `make test-report` runs it"),
+}
+"""Markers of tests that only run where a variable says that what they need is there."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: otherwise one worker still has them when the others are done. Those of a
-    cluster are left out where nobody has made what they need.
+    """Slow tests first: otherwise one worker still has them when the others are done. Those that
+    need a cluster or a browser are left out where nobody has made what they need.
     """
-    if not os.environ.get("MAKD_TEST_CLUSTER"):
-        left_out = pytest.mark.skip(reason="needs root and SLURM; `make test-slurm` runs it")
-        for item in items:
-            if item.get_closest_marker("cluster"):
-                item.add_marker(left_out)
+    for marker, (variable, reason) in NEEDS.items():
+        if not os.environ.get(variable):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

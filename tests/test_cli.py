@@ -241,7 +241,6 @@ def test_shape_and_factorize_run_and_stand(
     assert counts["teacher"] > counts["shaped"] > counts["student"]
     card = (run_dir / "factorized" / "README.md").read_text()
     assert "| shape | depth" in card and "not distilled yet" in card
-    assert (run_dir / "factorization.png").stat().st_size > 1000
     main([*call, "--until", "factorize"])
     printed = capsys.readouterr().out
     assert "shape: stands in" in printed and "factorize: stands in" in printed
@@ -270,5 +269,5 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    names = ("train", "factorize", "generate", "plan", "evaluate", "export", "slurm")
+    names = ("train", "factorize", "generate", "plan", "compare", "evaluate", "export", "slurm")
     assert all(name in printed for name in names)

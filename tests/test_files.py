@@ -65,11 +65,11 @@ def test_whatever_a_model_is_loaded_from_is_seen_and_nothing_else(tmp_path: Path
     for name in reversed(loaded):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"a" * 2_000_000)
-    for name in ("README.md", "README.txt", "factorization.png"):
+    for name in ("README.md", "README.txt", "report.html"):
         (tmp_path / name).write_text("a")
     other = tmp_path.with_name("other")
     shutil.copytree(tmp_path, other)
-    for name in ("README.md", "README.txt", "factorization.png"):
+    for name in ("README.md", "README.txt", "report.html"):
         (other / name).write_text("b")
     whole, tokenizer = sample_of_folder(tmp_path), sample_of_folder(tmp_path, weights=False)
     assert (sample_of_folder(other), sample_of_folder(other, weights=False)) == (whole, tokenizer)

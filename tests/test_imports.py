@@ -35,6 +35,8 @@ COMPOSERS = (
     "makd_llm.cli",
     "makd_llm.cli_generate",
     "makd_llm.cli_slurm",
+    "makd_llm.cli_compare",
+    "makd_llm.comparison",
     "makd_llm.planning",
     "makd_llm.testing",
 )
@@ -42,7 +44,8 @@ BUILDERS = ("makd_llm.train.build", "makd_llm.train.deepspeed_config")
 SEEN_ONLY_BY = {
     "makd_llm.objectives": COMPOSERS,
     "makd_llm.train": COMPOSERS,
-    "makd_llm.pipeline": ("makd_llm.cli", "makd_llm.factorization"),
+    "makd_llm.pipeline": ("makd_llm.cli", "makd_llm.factorization", "makd_llm.comparison"),
+    "makd_llm.comparison": ("makd_llm.cli_compare",),
     "makd_llm.factorization": ("makd_llm.cli",),
     "makd_llm.teacher_summaries": ("makd_llm.cli_generate", "makd_llm.pipeline"),
     "makd_llm.cutting": ("makd_llm.pipeline", "makd_llm.evaluating"),
@@ -58,6 +61,8 @@ SEEN_ONLY_BY = {
         "makd_llm.cli",
         "makd_llm.cli_generate",
         "makd_llm.cli_slurm",
+        "makd_llm.cli_compare",
+        "makd_llm.comparison",
         "makd_llm.planning",
         "makd_llm.checks",
         "makd_llm.testing",
@@ -66,6 +71,7 @@ SEEN_ONLY_BY = {
     "makd_llm.checks": (
         "makd_llm.pipeline",
         "makd_llm.teacher_summaries",
+        "makd_llm.comparison",
         "makd_llm.cli_slurm",
         "makd_llm.planning",
     ),

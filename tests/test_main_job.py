@@ -139,8 +139,9 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         "student",
         "student-merged",
         "evaluation.json",
-        "stages.png",
+        "attention.json",
         "samples.jsonl",
+        "report.html",
     }
     assert expected <= {path.name for path in folder.iterdir()}
     evaluation = json.loads((folder / "evaluation.json").read_text())
@@ -150,6 +151,12 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
     measured = ("teacher", "fisher, greedy", "distilled")  # as teacher, factorized, student
     for stage, model in zip(measured, list(evaluation["models"].values())[:3], strict=True):
         assert stages[stage] == model["perplexity"]["value"]
+    attention = json.loads((folder / "attention.json").read_text())
+    assert attention["not_measured"] is None and attention["records"] == 8
+    assert {name: len(layers) for name, layers in attention["models"].items()} == {
+        "factorized": 4,
+        "student": 4,
+    }
     assert "what each step is worth" in printed and not (folder / "before").exists()
     student = evaluation["models"]["student"]
     stored = load_file(folder / "student" / "model.safetensors")
@@ -158,12 +165,17 @@ def test_a_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> No
         "the tables are what the run ends with"
     )
     card = (folder / "student" / "README.md").read_text()
-    assert f"perplexity {student['perplexity']['value']:.2f}, ROUGE-1" in card
-    assert "| distilled | preset makd, steps 8 of 4 records" in card
+    total, perplexity = student["parameters"]["total"], student["perplexity"]["value"]
+    assert f"| student | {total:,} | {perplexity:.2f} |" in card
+    assert "| distilled | preset makd, steps 8 of 4 records |" in card
+    merged = (folder / "student-merged" / "README.md").read_text()
+    assert "multiplied out" in merged and f"{perplexity:.2f}" in merged
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and {"id", "document", "references", "teacher", "student"} <= set(
         samples[0]
     )
+    page = (folder / "report.html").read_text()
+    assert samples[0]["document"] in page and "Not measured" not in page
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if s["stage"] == "distil"] == list(range(1, 9))
     state = torch.load(folder / "checkpoints/distil/step-00000008/rank-0.pt", weights_only=True)

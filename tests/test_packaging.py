@@ -85,7 +85,7 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_else(wheel: Path, check
         for root in (checkout, checkout / "kernels")
         for package in ("makd_llm", "makd_kernels")
         for path in root.glob(f"{package}/**/*.*")
-        if path.suffix in (".py", ".yaml", ".sbatch")
+        if path.suffix in (".py", ".yaml", ".sbatch", ".html", ".css", ".js")
     }
     assert {"makd_llm/__init__.py", "makd_kernels/__init__.py"} <= expected
     assert code == expected

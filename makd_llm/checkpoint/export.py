@@ -132,6 +132,7 @@ def merge(
         UserError: a folder is missing, damaged, not factored, or the target is unfit.
     """
     from makd_llm.models.modeling_lowrank import base_config, is_lowrank
+    from makd_llm.report.card import merged_card
 
     source, target = Path(lowrank_folder), Path(out_folder)
     config = read_config(source)
@@ -152,6 +153,9 @@ def merge(
             writer.add(name_in_file(merged, name), cast)
         write_config(writer.staging, merged)
         _copy_companions(source, writer.staging, but=_OF_THE_FACTORED)
+        if (source / "README.md").is_file():
+            card = merged_card((source / "README.md").read_text(encoding="utf-8"))
+            (writer.staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def rewrite(
@@ -248,7 +252,7 @@ def _dense(reader: TensorReader, module: str) -> torch.Tensor:
     return multiply_factors(up, reader.get(f"{module}.down")).to(up.dtype)
 
 
-_OF_THE_FACTORED = ("README.md", "factorization.json", "factorization.png", "stages.png")
+_OF_THE_FACTORED = ("README.md", "factorization.json", "report.html")
 
 
 def _copy_companions(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:

@@ -41,8 +41,8 @@ _MODEL_FILES = {
     "merges.txt",
     "vocab.txt",
     "README.md",
-    "factorization.png",
-    "stages.png",
+    "report.html",
+    *("factorization.png", "stages.png"),  # of versions before the report
 }
 _MODEL_FOLDERS = {"additional_chat_templates"}
 

@@ -75,7 +75,9 @@ class Job:
     """What `makd slurm submit` asks of SLURM, and what it runs."""
 
     arguments: tuple[str, ...]
-    """Of `makd train`; without --config, seed and run_dir where `sweep` has them."""
+    """Of the command; without --config, seed and run_dir where a sweep has them."""
+    command: str = "train"
+    """Of makd: train, or compare."""
     nodes: int = 1
     ranks: int = 1
     """On each node, as are the GPUs."""
@@ -96,13 +98,15 @@ class Job:
     seeds: tuple[int, ...] = ()
     runs: str = "runs"
     """The folder of a sweep's run folders."""
+    rows: tuple[int, ...] = ()
+    """Of a comparison, by number: an array task for each."""
     at_once: int | None = None
-    """Of a sweep's runs, at most."""
+    """Of a sweep's runs or a comparison's rows, at most."""
 
     @property
-    def tasks(self) -> int:
-        """How many runs it is; 0: one, and no sweep."""
-        return len(self.configs) * len(self.seeds)
+    def tasks(self) -> tuple[int, ...]:
+        """The numbers of the array's tasks; none: it is no array."""
+        return self.rows or tuple(range(len(self.configs) * len(self.seeds)))
 
 
 def render(job: Job) -> str:
@@ -150,8 +154,19 @@ def _options(job: Job) -> list[str]:
     ]
     if job.tasks:
         limit = f"%{job.at_once}" if job.at_once else ""
-        options.append(f"--array=0-{job.tasks - 1}{limit}")
+        options.append(f"--array={_ranges(job.tasks)}{limit}")
     return [*options, *job.options]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as SLURM writes them: 0-3,7,9-10."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(end) for end in part) for part in parts)
 
 
 def _directive(option: str) -> str:
@@ -178,6 +193,7 @@ def _settings(job: Job) -> list[str]:
         f"configs={_array(job.configs)}",
         f"seeds={_array([str(seed) for seed in job.seeds])}",
         f"runs={shlex.quote(job.runs)}",
+        f"command={shlex.quote(job.command)}",
         f"variables={_array([f'{name}={value}' for name, value in job.variables])}",
         f"arguments={_array(job.arguments)}",
     ]

@@ -27,6 +27,18 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
 
     Raises UserError: missing or malformed file, unknown key, wrong type, value out of range.
     """
+    values = read_values(path, overrides)
+    return validated(RunConfig, values, str(path) if path else "defaults", overrides)
+
+
+def read_values(
+    path: Path | None, overrides: list[str], under: str | None = None
+) -> dict[str, Any]:
+    """A YAML file's values and the overrides over them, before they are checked. under: the section
+    of the file that the overrides are of; None: they are of the file, which is a run's config.
+
+    Raises UserError: missing or malformed file, or override.
+    """
     for override in overrides:
         if "=" not in override:
             raise UserError(
@@ -42,10 +54,13 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
                     "found a list or a single value"
                 )
             typed = OmegaConf.from_dotlist(overrides)
-            asked = OmegaConf.select(typed, "distil.preset")
-            own = OmegaConf.select(from_file, "distil")
-            if isinstance(asked, str) and OmegaConf.is_dict(own):
-                from_file.distil = _under(asked, OmegaConf.to_container(own))
+            if under is None:
+                asked = OmegaConf.select(typed, "distil.preset")
+                own = OmegaConf.select(from_file, "distil")
+                if isinstance(asked, str) and OmegaConf.is_dict(own):
+                    from_file.distil = _under(asked, OmegaConf.to_container(own))
+            else:
+                typed = OmegaConf.create({under: typed})
             together = OmegaConf.merge(from_file, typed)
             plain = OmegaConf.to_container(together, resolve=True)
     except FileNotFoundError:
@@ -61,10 +76,20 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         raise UserError(
             f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
         )
+    return {str(key): value for key, value in plain.items()}
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def validated(
+    section: type[SomeSection], values: dict[str, Any], where: str, overrides: Sequence[str] = ()
+) -> SomeSection:
+    """A config from plain values. where: what a message names them. Raises UserError."""
     try:
-        return RunConfig.model_validate(plain)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_line(error, where, overrides)) from None
+        raise UserError(_first_line(error, where, overrides, section)) from None
 
 
 @contextmanager
@@ -97,15 +122,9 @@ def _no_secrets_of_the_environment() -> Iterator[None]:
         )
 
 
-SomeSection = TypeVar("SomeSection", bound=Section)
-
-
 def checked(section: type[SomeSection], values: dict[str, Any]) -> SomeSection:
     """A section from plain values, as a command's options give them. Raises UserError."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_first_line(error, "command line", [])) from None
+    return validated(section, values, "command line")
 
 
 def _under(asked: str, distil: Any) -> dict[str, Any]:
@@ -127,7 +146,9 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _first_line(error: ValidationError, where: str, overrides: list[str]) -> str:
+def _first_line(
+    error: ValidationError, where: str, overrides: Sequence[str], section: type[Section]
+) -> str:
     """One line for the first problem: path, what is wrong, what to do."""
     problem = error.errors()[0]
     location = _location(problem["loc"])
@@ -136,7 +157,7 @@ def _first_line(error: ValidationError, where: str, overrides: list[str]) -> str
         where = "command line"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(problem["loc"][:-1], section)
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         advice = f"did you mean {near[0]}?" if near else "known keys: " + ", ".join(known)
         return f"{where}: unknown key {path}; {advice}{more}"
@@ -157,10 +178,9 @@ def _location(parts: Sequence[int | str]) -> list[int | str]:
     return found
 
 
-def _known_keys(path: Sequence[int | str]) -> list[str]:
+def _known_keys(path: Sequence[int | str], section: type[BaseModel]) -> list[str]:
     if tuple(path[:2]) == ("distil", "objectives") and len(path) == 4:
         return list(OBJECTIVES[str(path[3])].model_fields)
-    section: type[BaseModel] = RunConfig
     for name in path:
         field = section.model_fields.get(str(name))
         found = _section_type(field.annotation) if field else None

@@ -296,6 +296,9 @@ class EvaluationConfig(Section):
     """For perplexity; null: all."""
     generate_records: Positive | None = 500
     """For ROUGE; null: all."""
+    attention_records: Annotated[int, Field(ge=0)] = 16
+    """Those, drawn by the seed, on which the students' attention is compared with the teacher's, by
+    layer and head; 0: not measured."""
     batch_size: Positive = 16
     max_new_tokens: Positive = 96
     lead_k: Positive = 3

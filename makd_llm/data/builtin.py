@@ -46,6 +46,8 @@ class Builtin:
     """Path inside the wheel → sha256 of its content."""
     license: str
     what: str
+    hub_id: str | None = None
+    """The model on the Hub that this is a copy of."""
 
 
 MODELS: dict[str, Builtin] = {
@@ -59,6 +61,7 @@ MODELS: dict[str, Builtin] = {
         },
         license="Apache-2.0",
         what="SmolLM2-135M-Instruct of Hugging Face, quantized to 4 bits (98,362,432 bytes)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -123,6 +126,12 @@ def fetch_builtin_dataset(name: str) -> dict[str, Path]:
                 _write_rows(papers, folder / f"{SPLITS[Path(member).stem]}.jsonl")
                 papers.unlink()
     return {split: folder / f"{split}.jsonl" for split in SPLITS.values()}
+
+
+def cached(name: str) -> bool:
+    """Whether a built-in model or data set is in the cache, by names and sizes; fetches nothing."""
+    kind, table = ("models", MODELS) if name in MODELS else ("datasets", DATASETS)
+    return _fault(cache_dir() / kind / name, table[name]) is None
 
 
 def _write_rows(papers: Path, target: Path) -> None:

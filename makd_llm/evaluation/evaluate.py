@@ -4,7 +4,7 @@ writes.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,8 @@ class Evaluation:
         self.examples: list[Example] = [example for _, example in usable][:perplexity_records]
         self.records: list[Record] = [record for record, _ in usable][:rouge_records]
         self.texts: dict[str, list[str]] = {}
+        self.scores: dict[str, Mapping[str, Sequence[float]]] = {}
+        """By model: ROUGE of every record, and the nats of every example."""
         if not usable:
             raise UserError(
                 "data.validation_split: no record is usable "
@@ -67,9 +69,12 @@ class Evaluation:
             )
 
     def rouge_of(self, name: str, texts: Sequence[str]) -> dict[str, float]:
-        """Mean ROUGE F1 (x 100) of texts for the records; keeps the texts for samples.jsonl."""
-        self.texts[name] = list(texts)
-        return rouge.score(texts, [record.references for record in self.records]).mean
+        """Mean ROUGE F1 (x 100) of texts for the records; keeps the texts for samples.jsonl, and
+        each record's scores.
+        """
+        found = rouge.score(texts, [record.references for record in self.records])
+        self.texts[name], self.scores[name] = list(texts), found.pairs
+        return found.mean
 
     def lead(self) -> dict[str, Any]:
         """The row of the lead-k baseline: the document's first k sentences."""
@@ -127,7 +132,9 @@ def evaluate_model(evaluation: Evaluation, name: str, model: Model) -> dict[str,
         eos_ids=evaluation.prompts.eos_ids,
         pad_id=sizes.pad_id,
     )
-    return {"perplexity": _as_json(found), "rouge": evaluation.rouge_of(name, texts)}
+    row = {"perplexity": _as_json(found), "rouge": evaluation.rouge_of(name, texts)}
+    evaluation.scores[name] = {**evaluation.scores[name], "nats": found.each}
+    return row
 
 
 def evaluate_text(
@@ -156,4 +163,5 @@ def evaluate_text(
 
 def _as_json(found: Perplexity) -> dict[str, Any]:
     more = {"bits_per_byte": found.bits_per_byte} if found.utf8_bytes else {}
-    return {"value": found.value, **asdict(found), **more}
+    summed = {name: value for name, value in asdict(found).items() if name != "each"}
+    return {"value": found.value, **summed, **more}

@@ -5,7 +5,7 @@ Both come from hidden states and the head's weight, a chunk of tokens at a time,
 rank runs the same number of forwards, as sharded weights demand, and a rank that has run out
 repeats a batch that counts nothing.
 """
-# N predicted tokens, V vocabulary, D width
+# N predicted tokens, V vocabulary, D width, B records, T tokens of the longest
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,12 +27,13 @@ Forward = Callable[[Batch, Callable[[Tensor, Tensor], Any]], Any]
 @dataclass(frozen=True)
 class Perplexity:
     """nats: summed over the predicted tokens of all ranks. utf8_bytes: of the text they stand for,
-    0 if unknown.
+    0 if unknown. each: the nats of every example, in the order given.
     """
 
     nats: float
     tokens: int
     utf8_bytes: int = 0
+    each: tuple[float, ...] = ()
 
     @property
     def value(self) -> float:
@@ -58,22 +59,28 @@ def perplexity(
 
     Examples are sorted by length (the sum does not depend on it), so that little is padded.
     """
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    ordered = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
     share_of = batch_size * distributed.world_size()
-    sums = torch.zeros(2, dtype=torch.float64)
+    # The last is the number of tokens.
+    sums = torch.zeros(len(examples) + 1, dtype=torch.float64)
     for start in range(0, len(ordered), share_of):
         group = ordered[start : start + share_of]
         mine = group[distributed.rank() :: distributed.world_size()]
-        batch = collate(mine or group[:1], pad_id).to(distributed.device())
-        nats = forward(batch, partial(_nats, batch))
+        batch = collate([examples[place] for place in mine or group[:1]], pad_id)
+        batch = batch.to(distributed.device())
+        nats_B = forward(batch, partial(_nats, batch))
         if mine:
-            sums += torch.tensor([float(nats), float(batch.n_targets)], dtype=torch.float64)
-    nats, tokens = distributed.sum_over_ranks(sums).tolist()
-    return Perplexity(nats, int(tokens), utf8_bytes)
+            sums[mine] = nats_B.cpu()
+            sums[-1] += float(batch.n_targets)
+    *each, tokens = distributed.sum_over_ranks(sums).tolist()
+    return Perplexity(math.fsum(each), int(tokens), utf8_bytes, tuple(each))
 
 
 def _nats(batch: Batch, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    """(B,) float64: of each record's targets."""
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.targets_N]
     labels_N = batch.labels_BT.flatten()[batch.targets_N]
     cross_entropy_N, _ = linear_cross_entropy_divergence(hidden_ND, weight_VD, labels_N)
-    return cross_entropy_N.double().sum()
+    records, length = batch.labels_BT.shape
+    nats_B = cross_entropy_N.new_zeros(records, dtype=torch.float64)
+    return nats_B.index_add(0, batch.targets_N // length, cross_entropy_N.double())

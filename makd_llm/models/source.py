@@ -53,7 +53,7 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
         )
     if not weights:
         return _from_hub(model, TEXTS)
-    return _checked_folder(_from_hub(model, ("*.safetensors", *TEXTS)))
+    return _checked_folder(_from_hub(model, ("*.safetensors", "README.md", *TEXTS)))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

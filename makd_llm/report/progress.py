@@ -13,8 +13,10 @@ from makd_llm import distributed
 SECONDS_BETWEEN_LINES = 20.0
 
 
-def bar_if_watched() -> Progress | None:
-    """A bar on standard error, whose tasks have a field `said`; None where that is no terminal."""
+def bar_if_watched(*, refreshing: bool = True) -> Progress | None:
+    """A bar on standard error, whose tasks have a field `said`; None where that is no terminal.
+    refreshing: by a thread of its own; else where `refresh` is called.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         return None
@@ -25,6 +27,7 @@ def bar_if_watched() -> Progress | None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[said]}"),
         console=console,
+        auto_refresh=refreshing,
     )
 
 

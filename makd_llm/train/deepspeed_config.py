@@ -128,7 +128,8 @@ def _check_secrets(section: dict[str, Any], path: Path, above: str) -> None:
 
 def _check_types(config: dict[str, Any], path: Path) -> None:
     """What DeepSpeed would meet with a traceback, or take for something else."""
-    for section in ("optimizer", "scheduler", "bf16", "fp16", "zero_optimization"):
+    monitors = ("tensorboard", "wandb", "csv_monitor", "comet")
+    for section in ("optimizer", "scheduler", "bf16", "fp16", "zero_optimization", *monitors):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(
                 f"{path}: {section} is {config[section]!r}; expected an object in braces"

@@ -25,6 +25,7 @@ from makd_llm.models.capture import capture
 from makd_llm.models.causal import AtHead, CausalModel
 from makd_llm.models.tensor_train import TensorTrain
 from makd_llm.shown import Needs, Shown
+from makd_llm.train import monitors
 
 
 class Frozen:
@@ -91,14 +92,15 @@ class Trained:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         self.model = model
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            config=deepspeed_config,
-            model_parameters=list(model.parameters()),
-            lr_scheduler=None
-            if schedule is None or "scheduler" in deepspeed_config
-            else partial(LambdaLR, lr_lambda=schedule),
-        )
+        with monitors.starting():
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                config=deepspeed_config,
+                model_parameters=list(model.parameters()),
+                lr_scheduler=None
+                if schedule is None or "scheduler" in deepspeed_config
+                else partial(LambdaLR, lr_lambda=schedule),
+            )
         self.differentiates_twice = (
             not gradient_checkpointing and not self.engine.zero_optimization_partition_weights()
         )

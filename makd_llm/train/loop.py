@@ -27,6 +27,7 @@ from makd_llm.objectives.combine import Losses, Objectives
 from makd_llm.train.engine import Trained
 from makd_llm.train.levels import LevelBalance, staged_turn
 from makd_llm.train.metrics import Metrics
+from makd_llm.train.monitors import told
 from makd_llm.train.on_policy import OnPolicy
 
 StepFn = Callable[[Batch, dict[str, float]], Losses]
@@ -79,7 +80,10 @@ class Loop:
         saved = self.step
         peak = Peak(distributed.device())
         with (
-            Metrics(self.run_dir, settings.stage, steps=settings.steps, start=self.step) as metrics,
+            told(self.model.engine, settings.stage, self.run_dir) as tell,
+            Metrics(
+                self.run_dir, settings.stage, steps=settings.steps, start=self.step, tell=tell
+            ) as metrics,
             _signals() as stop,
         ):
             if self.step:

@@ -1,5 +1,5 @@
-"""What a training run says of itself: metrics.jsonl and TensorBoard always, a progress bar where
-somebody looks.
+"""What a training run says of itself: metrics.jsonl and TensorBoard always, DeepSpeed's monitors as
+asked for (monitors.py), a progress bar where somebody looks.
 
 Only rank 0 writes. On a terminal it shows a bar (step, losses, tokens/s, time left), elsewhere one
 line per logged step. A resumed run drops what the file says of steps after the checkpoint, so every
@@ -9,6 +9,7 @@ step stands in it once.
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,10 +23,21 @@ from makd_llm.report.progress import bar_if_watched
 
 
 class Metrics:
-    """Writer of one training stage. On ranks other than 0 every method does nothing."""
+    """Writer of one training stage. On ranks other than 0 every method does nothing.
 
-    def __init__(self, run_dir: Path, stage: str, *, steps: int, start: int) -> None:
-        self.stage, self.steps = stage, steps
+    tell: takes the values of each step as well.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        *,
+        steps: int,
+        start: int,
+        tell: Callable[[Mapping[str, Any]], None] = lambda values: None,
+    ) -> None:
+        self.stage, self.steps, self._tell = stage, steps, tell
         self._started, self._start = time.monotonic(), start
         self._bar: Progress | None = None
         if not distributed.is_main():
@@ -50,6 +62,7 @@ class Metrics:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+        self._tell(values)
         said = self._line(values)
         if self._bar:
             self._bar.update(self._task, completed=step, said=said)

@@ -335,3 +335,67 @@ def test_a_sweep_without_a_config_and_a_refusal_of_sbatch(
         assert caught.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
+
+
+def test_each_task_of_a_comparison_makes_the_row_of_its_number(tmp_path: Path) -> None:
+    by_hand = {"MAKD_COMMAND": "compare"}
+    rendered = render(Job(("c.yaml",), command="compare", rows=(0, 1, 2, 5, 7, 8), at_once=2))
+    assert "#SBATCH --array=0-2,5,7-8%2" in rendered
+    for script, arguments in ((SCRIPT.read_text(), ["c.yaml"]), (rendered, [])):
+        for task, more in (("5", ["--row", "5"]), (None, [])):
+            array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": task} if task else {}
+            code, called, printed = run_script(tmp_path, script, *arguments, **by_hand, **array)
+            assert code == 0, printed
+            assert ranks_command(called)[1:] == ["-m", "makd_llm.cli", "compare", "c.yaml", *more]
+
+
+def test_a_comparison_is_two_jobs_and_the_second_waits(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"""
+name: small
+folder: {tmp_path}/made
+ds: {ZERO3}
+keep_ratios: [0.5]
+seeds: [0, 1]
+against: [kd]
+run:
+  teacher: {{model: {tiny}/teacher}}
+  data: {{source: {tiny}, max_length: 64}}
+  student: {{rank_multiple: 4}}
+  evaluation: {{max_new_tokens: 4}}
+rows:
+  kd: {{distil: {{preset: kd}}}}
+  makd: {{distil: {{preset: makd}}}}
+""")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        f"#!/bin/sh\nn=$(ls {tmp_path} | grep -c job)\ncat >{tmp_path}/job$n\necho 4$n\n"
+    )
+    (tools / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    call = [
+        "slurm",
+        "compare",
+        str(config),
+        "--gpus",
+        "2",
+        "--rows",
+        "makd",
+        "distil.train.steps=9",
+    ]
+    main(call)
+    printed = capsys.readouterr().out
+    assert printed == "submitted: job 40, what the rows share\nsubmitted: job 41, 2 rows\n"
+    first, second = ((tmp_path / f"job{n}").read_text() for n in (0, 1))
+    assert "--prepare" in first and "--array" not in first and "command=compare" in first
+    assert "#SBATCH --array=1,3" in second and "--prepare" not in second
+    assert "#SBATCH --dependency=afterok:40" in second
+    for script in (first, second):
+        assert "--ntasks-per-node=2" in script and "distil.train.steps=9" in script
+    with pytest.raises(SystemExit) as ended:
+        main([*call, "distil.train.batch_size=3"])
+    assert ended.value.code == 2
+    assert "shared/keep0.5: " in capsys.readouterr().err, "said before anything is queued"

@@ -78,6 +78,11 @@ def test_the_batch_size_does_not_matter(model: Any) -> None:
     assert len({f.tokens for f in found}) == 1
     assert found[0].nats == pytest.approx(found[1].nats, rel=1e-5)
     assert found[0].nats == pytest.approx(found[2].nats, rel=1e-5)
+    alone = [
+        perplexity(forward_of(model), [example], batch_size=1, pad_id=2).nats
+        for example in examples()
+    ]
+    assert found[1].each == pytest.approx(alone, rel=1e-5) and sum(alone) > 0
 
 
 def on_two_ranks(folder: str) -> tuple[float, int, list[str]]:

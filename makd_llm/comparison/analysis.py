@@ -1,0 +1,179 @@
+"""The paragraph under the table: every number in it is read from the table, and nothing else is.
+
+A difference counts where its p, adjusted for all tests against the same row at one keep ratio
+(Benjamini and Hochberg), is below 0.05.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from makd_llm.evaluation.significance import adjusted
+
+LEVEL = 0.05
+METRIC = "rougeLsum"
+PER_TOKEN = "nats_per_token"
+FULL = "makd"
+ORDERS = {
+    "Of the levels by themselves": ("makd-matrix", "makd-layer", "makd-model"),
+    "Of the hierarchies": (FULL, "makd-reverse", "makd-flat"),
+}
+Group = Mapping[str, Any]
+Groups = Mapping[str, Group]
+
+
+def analysis_of(found: Mapping[str, Any]) -> str:
+    """The paragraph, from `groups`, `rows` and `equal_tokens` of comparison.json alone."""
+    keeps = dict.fromkeys(g["keep_ratio"] for g in found["groups"] if g["keep_ratio"] is not None)
+    said = [sentence for keep in keeps for sentence in _of_keep(found, keep)]
+    said = [sentence for sentence in said if sentence] or ["Nothing has been measured yet."]
+    return " ".join([*said, *_caveats(found)])
+
+
+def _of_keep(found: Mapping[str, Any], keep: float) -> list[str]:
+    there = {
+        group["name"]: group
+        for group in found["groups"]
+        if group["keep_ratio"] in (None, keep) and group[METRIC] is not None
+    }
+    learning = {name: group for name, group in there.items() if group["tokens"] is not None}
+    if not learning:
+        return []
+    references = [name for name in there if any(name in g["against"] for g in learning.values())]
+    return [
+        _scale(there, learning, keep),
+        _best(learning),
+        *(_against(learning, name) for name in references),
+        *(_full_method(learning, name) for name in references if FULL in learning),
+        *(_order(learning, names, words) for words, names in ORDERS.items()),
+    ]
+
+
+def _scale(there: Groups, learning: Groups, keep: float) -> str:
+    """What there is to win: from a student that has learnt nothing to the teacher."""
+    seeds = sorted({seed for group in learning.values() for seed in group["seeds"]})
+    tokens = max(group["tokens"] for group in learning.values())
+    start = (
+        f"At keep ratio {keep:g} ({tokens:,.0f} tokens, seed{'s' if len(seeds) > 1 else ''} "
+        f"{_listed([str(seed) for seed in seeds])})"
+    )
+    lines = [_with_rouge(group) for name, group in there.items() if name not in learning]
+    scale = f"the scale is {_listed(lines)} ROUGE-Lsum, and " if lines else ""
+    return f"{start}, {scale}{_counted(len(learning), 'row')} learnt."
+
+
+def _best(learning: Groups) -> str:
+    most = max(learning.values(), key=lambda group: group[METRIC]["value"])
+    least = min(learning.values(), key=lambda group: group["perplexity"])
+    value, share = most[METRIC], (most["share_of_teacher"] or {}).get(METRIC)
+    kept = f", {share:.1%} of the teacher's" if share else ""
+    return (
+        f"The highest ROUGE-Lsum has {most['label']} ({value['value']:.2f}, {value['low']:.2f} to "
+        f"{value['high']:.2f}{kept}), the lowest perplexity {least['label']} "
+        f"({least['perplexity']:.2f})."
+    )
+
+
+def _tests(
+    learning: Groups, reference: str, metric: str = METRIC
+) -> dict[str, tuple[float, float]]:
+    """name -> its difference from the reference, and the adjusted p."""
+    tests = {
+        name: group["against"][reference][metric]
+        for name, group in learning.items()
+        if metric in group["against"].get(reference, {})
+    }
+    p_values = adjusted([test["p"] for test in tests.values()])
+    return {n: (t["difference"], p) for (n, t), p in zip(tests.items(), p_values, strict=True)}
+
+
+def _against(learning: Groups, reference: str) -> str:
+    """Which rows differ from the reference once the number of tests is accounted for."""
+    tests = _tests(learning, reference)
+    sides = {
+        "above": [n for n, (d, p) in tests.items() if p < LEVEL and d > 0],
+        "below": [n for n, (d, p) in tests.items() if p < LEVEL and d < 0],
+    }
+    said = []
+    for side, names in sides.items():
+        those = [f"{learning[name]['label']} ({tests[name][0]:+.2f})" for name in names]
+        if those:
+            said.append(f"{_listed(those)} {'is' if len(those) == 1 else 'are'} {side} it")
+    rest = len(tests) - sum(len(names) for names in sides.values())
+    if rest:
+        said.append(f"{rest} do not differ" if said else "no row differs")
+    return (
+        f"Against {_label(learning, reference)} in ROUGE-Lsum ({_counted(len(tests), 'test')}, "
+        f"adjusted), {_listed(said)}."
+    )
+
+
+def _full_method(learning: Groups, reference: str) -> str:
+    """Whether the full method is worth more than the reference."""
+    full, tests = learning[FULL], _tests(learning, reference)
+    if FULL not in tests:
+        return f"{full['label']} was not tested against {_label(learning, reference)}."
+    difference, p = tests[FULL]
+    found = full["against"][reference][METRIC]
+    verdict = "no difference is shown"
+    if p < LEVEL:
+        verdict = "it is better" if difference > 0 else "it is worse"
+    other = learning.get(reference)
+    perplexity = f"; perplexity {full['perplexity']:.2f}" + (
+        f" against {other['perplexity']:.2f}" if other else ""
+    )
+    if PER_TOKEN in full["against"][reference]:
+        _, p_of_it = _tests(learning, reference, PER_TOKEN)[FULL]
+        perplexity += f" (adjusted p {p_of_it:.3f})"
+    seconds = ""
+    if other and other["seconds"]:
+        seconds = f", in {full['seconds'] / other['seconds']:.2f} times the seconds"
+    return (
+        f"{full['label']} is {difference:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, "
+        f"adjusted p {p:.3f}) from {_label(learning, reference)}: {verdict}{perplexity}{seconds}."
+    )
+
+
+def _order(learning: Groups, names: Sequence[str], words: str) -> str:
+    """Some rows from the most ROUGE-Lsum down."""
+    those = sorted(
+        (learning[name] for name in names if name in learning),
+        key=lambda group: -group[METRIC]["value"],
+    )
+    if len(those) < 2:
+        return ""
+    lines = [f"{_with_rouge(group)} (perplexity {group['perplexity']:.2f})" for group in those]
+    return f"{words}, in order of ROUGE-Lsum: {_listed(lines)}."
+
+
+def _caveats(found: Mapping[str, Any]) -> list[str]:
+    """What keeps the table from being whole, or fair."""
+    said = []
+    if found["equal_tokens"]["equal"] is False:
+        said.append("The rows did not see the same tokens, so they cannot be compared.")
+    rows = _counted(len(found["rows"]), "row")
+    failed, waiting = (
+        sum(row["state"] == state for row in found["rows"]) for state in ("failed", "waiting")
+    )
+    if failed:
+        said.append(f"{failed} of {rows} failed.")
+    if waiting:
+        said.append(f"{waiting} of {rows} {'is' if waiting == 1 else 'are'} not made yet.")
+    return said
+
+
+def _label(learning: Groups, name: str) -> str:
+    return str(learning[name]["label"]) if name in learning else name
+
+
+def _with_rouge(group: Group) -> str:
+    return f"{group['label']} {group[METRIC]['value']:.2f}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"

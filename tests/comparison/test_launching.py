@@ -1,0 +1,108 @@
+"""Runs one after another in processes of their own: what fails, what waits, how long it takes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from makd_llm.comparison.eta import Clock, in_words
+from makd_llm.comparison.grid import Grid, Item, build_grid
+from makd_llm.comparison.launching import LOG, launcher, make
+from makd_llm.comparison.record import Record, Stamps, read_record, write_record
+from makd_llm.comparison.results import results
+from makd_llm.config import load_comparison
+
+
+@pytest.fixture
+def grid(config: Path, tmp_path: Path) -> Grid:
+    """Its first seed's rows, in a folder of their own."""
+    checked = load_comparison(config, []).model_copy(update={"folder": tmp_path / "made"})
+    return build_grid(checked).chosen(["kd", "makd"], None, [0])
+
+
+def stand_in(grid: Grid, item: Item, ending: str) -> list[str]:
+    """A command that leaves the record of a finished run, unless it ends otherwise before."""
+    record = {"state": "done", "stamp": Stamps(grid).of(item), "seconds": 60.0}
+    path = grid.folder / item.place / "row.json"
+    code = (
+        f"import os, signal, sys\n{ending}\nopen({str(path)!r}, 'w').write({json.dumps(record)!r})"
+    )
+    return [sys.executable, "-c", code]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(grid: Grid) -> None:
+    said: list[str] = []
+    endings = {
+        "rows/kd-keep0.5-seed0": "print('makd: the disk is full; token=abcdef', file=sys.stderr)\n"
+        "sys.exit(2)"
+    }
+    items = grid.needed()
+    failed = make(grid, items, lambda i: stand_in(grid, i, endings.get(i.place, "")), said.append)
+    assert list(failed) == ["rows/kd-keep0.5-seed0"]
+    assert read_record(grid.folder / "rows/kd-keep0.5-seed0") == Record(
+        "failed", Stamps(grid).of(items[2]), "exit code 2: the disk is full; token=***"
+    )
+    assert "token" in (grid.folder / "rows/kd-keep0.5-seed0" / LOG).read_text()
+    assert [line for line in said if "done in 60 s" in line][-1].startswith("[4/4] rows/makd")
+    assert any("FAILED: exit code 2" in line for line in said)
+    states = {row["name"]: row["state"] for row in results(grid)["rows"]}
+    # It says that it is done, but nothing was measured, which no table shows.
+    assert states == {"kd": "failed", "makd": "waiting"}
+    said.clear()
+    make(grid, items, lambda i: stand_in(grid, i, ""), said.append)
+    assert sum(line.endswith(": stands") for line in said) == 3, "only what failed is tried again"
+
+
+def test_what_needs_a_run_that_failed_is_failed_too(grid: Grid) -> None:
+    said: list[str] = []
+    killed = {"shared/keep0.5": "os.kill(os.getpid(), signal.SIGKILL)"}
+    failed = make(
+        grid, grid.needed(), lambda i: stand_in(grid, i, killed.get(i.place, "")), said.append
+    )
+    assert failed == {
+        "shared/keep0.5": "killed by SIGKILL: no word",
+        **{
+            f"rows/{name}-keep0.5-seed0": "shared/keep0.5 failed, which it needs"
+            for name in ("kd", "makd")
+        },
+    }
+    assert results(grid)["rows"][0]["error"] == "shared/keep0.5 failed, which it needs"
+
+
+def test_a_result_under_another_setting_does_not_stand(grid: Grid, config: Path) -> None:
+    item = grid.needed()[0]
+    folder = grid.folder / item.place
+    write_record(folder, Record("done", Stamps(grid).of(item), seconds=1.0))
+    assert Stamps(grid).stands(item)
+    for change, stands in (("sft.train.steps=2", False), ("distil.train.steps=9", True)):
+        other = load_comparison(config, [change]).model_copy(update={"folder": grid.folder})
+        changed = build_grid(other)
+        assert Stamps(changed).stands(changed.shared["shared/teacher"]) is stands
+    (folder / "row.json").write_text("{")
+    assert read_record(folder) is None and not Stamps(grid).stands(item)
+
+
+def test_the_time_that_is_left_is_known_from_what_was_measured(grid: Grid) -> None:
+    teacher, student, kd, makd = grid.needed()
+    clock = Clock(grid)
+    assert clock.left([kd, makd]) is None
+    clock.finished(kd, 100.0)
+    assert clock.left([kd, makd]) == 200.0
+    assert clock.left([kd, makd], elapsed=30.0) == 170.0
+    assert clock.left([makd], elapsed=500.0) == 0.0
+    assert clock.left([student, makd]) is None, "a row's time says nothing of what rows share"
+    clock.finished(makd, 140.0)
+    assert clock.left([kd, makd]) == 240.0
+    write_record(grid.folder / teacher.place, Record("done", Stamps(grid).of(teacher), seconds=9.0))
+    assert Clock(grid).left([teacher]) == 9.0
+    assert [in_words(s) for s in (40, 89, 90, 3600, 11_100)] == [
+        *("40 s", "89 s", "2 min", "60 min", "3 h 05 min"),
+    ]
+
+
+def test_several_ranks_go_through_torchrun() -> None:
+    assert launcher(1, ["compare"]) == [sys.executable, "-m", "makd_llm.cli", "compare"]
+    several = launcher(4, ["compare", "--row", "x"])
+    assert several[several.index("--nproc-per-node") + 1] == "4"
+    assert several[-5:] == ["-m", "makd_llm.cli", "compare", "--row", "x"]
