@@ -12,7 +12,7 @@ Shapes: B records, T tokens of the longest record (rounded up to `multiple_of`).
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,9 @@ class Batch:
     `labels_BT[b, t]` is the token to be predicted *from* position t, or `IGNORE`.
     `document_mask_BT` is True at the documents' own tokens, False at templates'. `targets_N` holds
     the places in the flattened (B·T) batch whose label is not `IGNORE`: known here, on the host, so
-    that picking them on a device makes nobody wait. `keys` names each record by its tokens.
+    that picking them on a device makes nobody wait. `tokens_N` likewise the places of real tokens,
+    for a model that leaves the padding out; None where there is none, or it is to stay (as it is
+    on the left). `keys` names each record by its tokens.
     """
 
     input_ids_BT: torch.Tensor
@@ -45,6 +47,7 @@ class Batch:
     record_ids: tuple[str, ...]
     padded_left: bool = False
     keys: tuple[bytes, ...] = ()
+    tokens_N: torch.Tensor | None = None
 
     @property
     def token_mask_BT(self) -> torch.Tensor:
@@ -86,7 +89,12 @@ class Batch:
             self.record_ids,
             self.padded_left,
             self.keys,
+            None if self.tokens_N is None else self.tokens_N.to(device, non_blocking=True),
         )
+
+    def with_padding(self) -> "Batch":
+        """The same for who looks into the model and expects (B, T, D) there."""
+        return replace(self, tokens_N=None)
 
 
 def collate(
@@ -117,6 +125,8 @@ def collate(
         labels_BT[row, summary - 1 : stop - 1] = ids[example.prompt_length :]
         begins, ends = example.document or (0, example.prompt_length)
         document_mask_BT[row, start + begins : start + ends] = True
+    real = attention_mask_BT.flatten().nonzero().flatten()
+    some_padding = len(real) < attention_mask_BT.numel()
     return Batch(
         input_ids_BT,
         attention_mask_BT,
@@ -127,6 +137,7 @@ def collate(
         tuple(example.record_id for example in examples),
         padded_left=padding_side == "left",
         keys=tuple(key_of(example) for example in examples),
+        tokens_N=real if some_padding and padding_side == "right" else None,
     )
 
 

@@ -18,6 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from makd_llm.models.families import Family, Matrix, part_of
+from makd_llm.models.unpadded import (
+    as_places,
+    attention_by_record,
+    heads_with_padding,
+    with_padding,
+    without_padding,
+)
 from makd_llm.shown import LAYER, AttentionShown, Needs, Shown
 
 CAPTURING_SDPA = "makd_sdpa"
@@ -36,8 +43,15 @@ def _capturing_sdpa(
     recorder: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = getattr(
         module, _RECORDER, None
     )
+    places = as_places(attention_mask)
     if recorder is not None:
-        recorder(query, key, kwargs)
+        if places is None:
+            recorder(query, key, kwargs)
+        else:
+            padded = (heads_with_padding(x, places) for x in (query, key))
+            recorder(*padded, kwargs)
+    if places is not None:
+        return attention_by_record(module, query, key, value, places, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -105,7 +119,7 @@ def capture(
 def _hidden_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not part.again:
-            shown.hidden[index] = _hidden_of(output)
+            shown.hidden[index] = part.padded(_hidden_of(output))
 
     return hook
 
@@ -118,7 +132,7 @@ def _hidden_of(output: Any) -> Tensor:
 def _layer_input_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not part.again:
-            shown.layer_input[index] = args[0] if args else kwargs["hidden_states"]
+            shown.layer_input[index] = part.padded(args[0] if args else kwargs["hidden_states"])
 
     return hook
 
@@ -143,8 +157,8 @@ def _again_hook(
         part.again = True
         try:
             for source in sources:
-                x_BTD = own.detach() if source == "student" else replay[index, LAYER]
-                shown.again[index, source] = _hidden_of(module(x_BTD, *others, **rest))
+                x = own.detach() if source == "student" else part.unpadded(replay[index, LAYER])
+                shown.again[index, source] = part.padded(_hidden_of(module(x, *others, **rest)))
         finally:
             part.again = False
 
@@ -186,18 +200,30 @@ class _Part:
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config = config
         self._rows: tuple[int, ...] = ()
+        self._places: Tensor | None = None
         self.again = False
         """Whether something runs again, in which nothing is to be captured."""
 
     def note_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...)."""
+        """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...). Without
+        padding, (1, N).
+        """
         self._rows = tuple((args[0] if args else kwargs["input_ids"]).shape[:2])
+        self._places = as_places(kwargs.get("attention_mask"))
 
     def of_output(self, matrix: Matrix, output: Tensor) -> Tensor:
         return self.of_input(part_of(self._config, matrix, output))
 
     def of_input(self, x: Tensor) -> Tensor:
-        return x.view(*self._rows, -1) if x.dim() == 2 else x
+        return self.padded(x.view(*self._rows, -1) if x.dim() == 2 else x)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, T, ...) of what the model has, where it runs without padding."""
+        return x if self._places is None else with_padding(x, self._places)
+
+    def unpadded(self, x_BTD: Tensor) -> Tensor:
+        """What the model has of (B, T, D)."""
+        return x_BTD if self._places is None else without_padding(x_BTD, self._places)
 
 
 def _matrix_hook(
@@ -232,7 +258,7 @@ def _fed_hook(
             return
         part.again = True
         try:
-            outputs = module(replay[index, matrices[0].key])
+            outputs = module(part.unpadded(replay[index, matrices[0].key]))
         finally:
             part.again = False
         for matrix in matrices:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from makd_llm.data.batch import Batch
+from makd_llm.models.capture import CAPTURING_SDPA
 from makd_llm.models.families import Family
 from makd_llm.models.modeling_lowrank import LowRankLinear
 from makd_llm.models.projections import Projections
 from makd_llm.models.tensor_train import OverParameterized, mean_distance
+from makd_llm.models.unpadded import places_of, with_padding, without_padding
 from makd_llm.shown import Shown
 
 AtHead = Callable[[Tensor, Tensor], Any]
@@ -50,7 +52,8 @@ class CausalModel(nn.Module):
 
     `projections`, where they are set before DeepSpeed takes the module, are learned beside it and
     bring what a capture shows to a wider teacher's width. `compared`: by layer, the modules whose
-    auxiliary tensors have targets.
+    auxiliary tensors have targets. `without_padding`: its backbone runs on the real tokens alone,
+    where its attention is the one that capture listens to.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -58,6 +61,7 @@ class CausalModel(nn.Module):
         self.model = model
         self.family = family
         self.head = Head(cast(nn.Linear | LowRankLinear, model.get_output_embeddings()))
+        self.without_padding = model.config._attn_implementation == CAPTURING_SDPA
         self.projections: Projections | None = None
         self.compared: dict[int, list[OverParameterized]] = {}
 
@@ -81,13 +85,23 @@ class CausalModel(nn.Module):
                 batch.input_ids_BT, attention_mask=batch.attention_mask_BT, **generate
             )
         backbone = self.model.get_submodule(self.family.backbone)
-        # Without a mask SDPA takes its fast causal path, and no (B, T, T) mask is built.
-        hidden_BTD = backbone(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.key_mask_BT,
-            position_ids=batch.position_ids_BT if batch.padded_left else None,
-            use_cache=False,
-        ).last_hidden_state
+        places = places_of(batch) if self.without_padding else None
+        if places is None:
+            # Without a mask SDPA takes its fast causal path, and no (B, T, T) mask is built.
+            hidden_BTD = backbone(
+                input_ids=batch.input_ids_BT,
+                attention_mask=batch.key_mask_BT,
+                position_ids=batch.position_ids_BT if batch.padded_left else None,
+                use_cache=False,
+            ).last_hidden_state
+        else:
+            hidden_1ND = backbone(
+                input_ids=without_padding(batch.input_ids_BT, places),
+                attention_mask=places,
+                position_ids=without_padding(batch.position_ids_BT, places),
+                use_cache=False,
+            ).last_hidden_state
+            hidden_BTD = with_padding(hidden_1ND, places)
         if self.projections is not None and shown is not None:
             # Here and not in the capture's hooks, which a checkpointed layer's recomputation lacks.
             self.projections.project(shown, hidden_BTD)

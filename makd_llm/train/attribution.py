@@ -79,7 +79,8 @@ class Explained:
     def __init__(
         self, model: CausalModel, batch: Batch, question: Question, *, whole: bool = True
     ) -> None:
-        self.model, self.batch, self.question, self.whole = model, batch, question, whole
+        self.model, self.question, self.whole = model, question, whole
+        self.batch = batch.with_padding()  # embeddings are changed where the document stands
         self.document_BT1 = batch.document_mask_BT[..., None]
 
     def scores(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
