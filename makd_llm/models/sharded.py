@@ -25,6 +25,7 @@ from makd_llm.memory import return_freed_memory
 from makd_llm.models.capture import attention_of
 from makd_llm.models.causal import CausalModel
 from makd_llm.models.families import family_of
+from makd_llm.models.lean import make_lean
 from makd_llm.models.modeling_lowrank import LowRankLinear, model_class_for
 
 
@@ -61,6 +62,7 @@ def load_sharded(
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             module.product = _lowrank_product(kernels)
+    make_lean(model)
     generation = read_generation_config(folder)
     if generation is not None:
         model.generation_config = generation

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from makd_kernels.lean import keeping_less
 from makd_llm import distributed
 from makd_llm.data.batch import Batch
 from makd_llm.data.schema import Example
@@ -113,7 +114,8 @@ class Trained:
         """What `at_head` returns, called where the output weight is whole. shown: of the capture
         around this call, to be projected where the model has projections.
         """
-        return self.engine(batch, at_head, shown=shown)
+        with keeping_less():
+            return self.engine(batch, at_head, shown=shown)
 
     def capture(
         self, needs: Needs, replay: dict[tuple[int, str], Tensor] | None = None

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from makd_kernels.dispatch import choose
+from makd_kernels.lean import note_of, product_of_noted
 from makd_kernels.lowrank_linear.op import lowrank_chain_op
 from makd_kernels.lowrank_linear.reference import lowrank_linear_reference
 
@@ -116,7 +117,7 @@ def lowrank_linear(
         saves = rank * (inputs + outputs) <= inputs * outputs
         if saves and (bias_M is None or bias_M.shape[0] == outputs):
             try:
-                return F.linear(F.linear(x_NK, down_RK), up_MR, bias_M)
+                return _pair(x_NK, down_RK, up_MR, bias_M)
             except RuntimeError:  # torch's words for shapes and dtypes are its own
                 check_factors("the matrix", x_NK, down_RK, up_MR)
                 raise
@@ -146,6 +147,13 @@ def lowrank_linear(
         return y_NM.view(*x_NK.shape[:-1], up_MR.shape[0])
     if path == "dense":
         return F.linear(x_NK, up_MR @ down_RK, bias_M)
+    return _pair(x_NK, down_RK, up_MR, bias_M)
+
+
+def _pair(x_NK: Tensor, down_RK: Tensor, up_MR: Tensor, bias_M: Tensor | None) -> Tensor:
+    note = note_of(x_NK)
+    if note is not None and not torch.is_autocast_enabled(x_NK.device.type):
+        return product_of_noted(x_NK, note, down_RK, up_MR, bias_M)
     return F.linear(F.linear(x_NK, down_RK), up_MR, bias_M)
 
 
