@@ -13,9 +13,7 @@ from makd_kernels.lean import rms_norm, swiglu
 NORMS = frozenset(
     f"{architecture}RMSNorm" for architecture in ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 )
-"""Whose forward is `rms_norm`. Not Gemma's, which weights by 1 + w, nor OLMo 2's, which rounds after
-the weighting.
-"""
+"""Whose forward is `rms_norm`. Gemma's weights by 1 + w, OLMo 2's rounds after the weighting."""
 
 
 def make_lean(model: nn.Module) -> None:
