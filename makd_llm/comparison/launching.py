@@ -56,6 +56,7 @@ def make(
         _wait_for_others(folder, name, tell)
         tell(f"{name}: begins")
         left = [i for i in items[number - 1 :] if not stamps.stands(i)]
+        before, said = read_record(folder), _size(folder / LOG)
         code = _run(command(item), folder, _Watch(name, item, left, clock, folder, tell))
         record = read_record(folder)
         if code == 0 and record is not None and record.state == "done":
@@ -64,8 +65,8 @@ def make(
             more = f"; {len(left) - 1} to go" + (f", about {in_words(later)}" if later else "")
             tell(f"{name}: done in {in_words(record.seconds or 0.0)}" + (more if left[1:] else ""))
             continue
-        if record is None or record.state != "failed":
-            record = Record("failed", stamps.of(item), _last_words(folder, code))
+        if record is None or record.state != "failed" or record == before:
+            record = Record("failed", stamps.of(item), _last_words(folder / LOG, said, code))
             write_record(folder, record)
         failed[item.place] = record.error or ""
         tell(f"{name}: FAILED: {record.error} (all it said: {folder / LOG})")
@@ -131,11 +132,17 @@ def _wait_for_others(folder: Path, name: str, tell: Callable[[str], None]) -> No
             time.sleep(1.0)
 
 
-def _last_words(folder: Path, code: int) -> str:
-    """Of a run that could not leave a record itself: its line, or the last that it printed."""
-    lines = [
-        line for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()
-    ]
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def _last_words(log: Path, start: int, code: int) -> str:
+    """Of a run that could not leave a record itself: its line, or the last that it printed. start:
+    where in the log it began; what stands before is of earlier attempts.
+    """
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     own = [line.removeprefix("makd: ") for line in lines if line.startswith("makd: ")]
     died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{died}: {(own or lines or ['no word'])[-1].strip()}"

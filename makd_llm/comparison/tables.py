@@ -104,6 +104,13 @@ def _is_there(group: Values) -> bool:
     return bool(group["seeds"]) or group["state"] != "waiting"
 
 
+def _failed(found: Values, group: Values) -> int:
+    """How many of a row's seeds failed."""
+    place = (group["name"], group["keep_ratio"])
+    states = [r["state"] for r in found["rows"] if (r["name"], r["keep_ratio"]) == place]
+    return states.count("failed")
+
+
 def _title(found: Values, keep: float) -> str:
     waiting = [r for r in found["rows"] if r["keep_ratio"] == keep and r["state"] == "waiting"]
     more = f" ({len(waiting)} rows not made yet)" if waiting else ""
@@ -137,10 +144,10 @@ def _columns(found: Values) -> list[str]:
 def _cells(found: Values, group: Values) -> list[str]:
     if group["state"] == "failed" and not group["seeds"]:
         return [group["label"], "failed", *[""] * (len(_columns(found)) - 2)]
-    share = group["share_of_teacher"] or {}
+    share, failed = group["share_of_teacher"] or {}, _failed(found, group)
     return [
         group["label"],
-        str(len(group["seeds"]) or "") + (" (1 failed)" if group["state"] == "failed" else ""),
+        str(len(group["seeds"]) or "") + (f" ({failed} failed)" if failed else ""),
         _number(group["parameters"], "{:.2f} M", 1e-6),
         _number(group["tokens"], "{:,.0f}"),
         _number(group["seconds"], "{:,.0f}"),

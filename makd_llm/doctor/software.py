@@ -186,11 +186,10 @@ def _compatible(builder: Any) -> bool:
 
 def _extensions() -> Path | None:
     """Where compiled operators are kept, if any are."""
-    from makd_llm.distributed import compiler_environment
+    from makd_llm.operators import compiler_environment  # torch, which may be missing
 
-    named = compiler_environment().get("TORCH_EXTENSIONS_DIR") or os.environ.get(
-        "TORCH_EXTENSIONS_DIR"
-    )
+    surroundings = {**os.environ, **compiler_environment()}
+    named = surroundings.get("TORCH_EXTENSIONS_DIR")
     folder = Path(named) if named else Path.home() / ".cache" / "torch_extensions"
     return folder if folder.is_dir() else None
 

@@ -175,7 +175,11 @@ class Difference(_Read):
 
 
 class Row(_Read):
-    """A row of a comparison, or the mean of some that differ in their seed."""
+    """A row of a comparison, or the mean of some that differ in their seed.
+
+    share_of_teacher: null where the teacher's own is 0. spread: the standard deviation between
+    seeds, null for one.
+    """
 
     name: str
     label: str = ""
@@ -185,17 +189,22 @@ class Row(_Read):
     run: str | None = None
     state: str = "done"
     error: str | None = None
-    parameters: int | None = None
-    tokens: int | None = None
+    parameters: float | None = None
+    tokens: float | None = None
     seconds: float | None = None
     peak_memory_MB: float | None = None
     perplexity: float | None = None
     rouge1: Interval | None = None
     rouge2: Interval | None = None
     rougeLsum: Interval | None = None
-    share_of_teacher: dict[str, float] | None = None
+    share_of_teacher: dict[str, float | None] | None = None
     against: dict[str, dict[str, Difference]] | None = None
     spread: dict[str, float | None] | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to show of it, if only that it failed."""
+        return self.state != "waiting" or bool(self.seeds)
 
 
 class Comparison(_Read):

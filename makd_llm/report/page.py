@@ -98,6 +98,7 @@ def render(subject: Subject, *, samples: int = SAMPLES) -> str:
             measured=next((r.attention for r in runs if r.attention and r.attention.models), None),
             title_of=title_of,
             interval_charts=panels.intervals(subject.comparison) if subject.comparison else [],
+            rivals=panels.rivals(subject.comparison) if subject.comparison else {},
             totals=panels.totals(runs),
             objectives=panels.objectives(runs),
             speeds=panels.speeds(runs),
@@ -142,6 +143,8 @@ def _environment() -> Environment:
         "millions": _unless_none(lambda value: f"{value / 1e6:,.2f} M"),
         "percent": _unless_none(lambda value: f"{value:.1%}"),
         "whole": _unless_none(lambda value: f"{value:,.0f}"),
+        "signed": _unless_none(lambda value: f"{value:+.2f}"),
+        "p_value": _unless_none(lambda p: "p <.001" if p < 0.001 else f"p {p:.3f}"),
     }
     return environment
 

@@ -272,6 +272,14 @@ def intervals(comparison: Comparison) -> list[IntervalChart]:
     return found
 
 
+def rivals(comparison: Comparison) -> dict[str, str]:
+    """The rows that others are tested against, in the comparison's order: name -> label."""
+    rows = comparison.groups or comparison.rows
+    tested = {name for row in rows for name in row.against or {}}
+    labels = {row.name: row.label or row.name for row in rows}
+    return {name: label for name, label in labels.items() if name in tested}
+
+
 def _interval(row: Row) -> tuple[str, float, float, float, bool]:
     assert row.rougeLsum is not None
     found = row.rougeLsum

@@ -159,3 +159,12 @@ def test_the_tables_hold_every_number(found: Found, capsys: pytest.CaptureFixtur
     assert len(lines) == len(found["rows"]) + len(found["groups"])
     column = header.split(",").index("against.kd.rougeLsum.p")
     assert lines[4].split(",")[column] == "0.004"
+
+
+def test_the_tables_count_the_seeds_that_failed(found: Found) -> None:
+    found["analysis"] = ""
+    failed = {**of(found, "makd"), "state": "failed"}
+    found["groups"][found["groups"].index(of(found, "makd"))] = failed
+    found["rows"] += [{**found["rows"][4], "seed": seed, "state": "failed"} for seed in (1, 2)]
+    assert "| makd | 1 (2 failed) |" in as_markdown(found)
+    assert "| makd-flat | 1 |" in as_markdown(found)

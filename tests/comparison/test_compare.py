@@ -1,11 +1,13 @@
 """`makd compare` as a person runs it, on a tiny teacher: every row; killed in the midst."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,44 @@ def test_a_row_over_its_seeds_and_one_that_fails(
     shutil.rmtree(blocked)
 
 
+def test_the_report_says_what_the_table_says(
+    made: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`makd report` of what `makd compare` has written: two seeds of kd, one of the others, and
+    rows that wait.
+    """
+    main(["compare", str(config), "--row", "kd-keep0.5-seed1"])
+    main(["compare", str(config), "--collect"])
+    found = comparison(made)
+    capsys.readouterr()
+    main(["report", str(made), "--json"])
+    read = json.loads(capsys.readouterr().out)
+    for kind in ("rows", "groups"):
+        for own, theirs in zip(read["comparison"][kind], found[kind], strict=True):
+            shared = own.keys() & theirs.keys() - {"against"}
+            assert len(shared) >= 15
+            assert {key: own[key] for key in shared} == {key: theirs[key] for key in shared}
+            for name, tests in theirs["against"].items():
+                for metric, test in tests.items():
+                    assert own["against"][name][metric].items() <= test.items()
+    assert [run["state"] for run in read["runs"]] == ["finished"] * (len(RUNS) + 1)
+
+    main(["report", str(made)])
+    html = (made / "report.html").read_text()
+    head, *lines = table_of(html, "The rows of the comparison")
+    groups = [g for g in found["groups"] if g["seeds"] or g["state"] == "done"]
+    assert [line[0][0] for line in lines] == [group["label"] for group in groups]
+    assert [column for column, *_ in head[-2:]] == ["over kd", "over layer-wise"]
+    for group, line in zip(groups, lines, strict=True):
+        assert line == [[group["label"], *line[0][1:]], *cells_of(group)]
+    (kd,) = (line for line in lines if line[0][0] == "kd")
+    assert kd[0] == ["kd", "mean of 2 seeds"] and any("±" in text for text in kd[6])
+    (makd,) = (line for line in lines if line[0][0] == "makd")
+    assert makd[0] == ["makd", "seed 0", "more seeds waiting"]
+    assert len(table_of(html, "Every seed by itself")) == 1 + len(found["rows"])
+    assert found["analysis"] in unescape(html)
+
+
 @pytest.mark.timeout(600)
 def test_killed_and_resumed(made: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL to the command while a row learns: its processes save and end, and the same command
@@ -171,3 +211,40 @@ def _wait_for(process: subprocess.Popen[bytes], path: Path, text: str) -> None:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, f"{path} does not come to {text}"
         time.sleep(0.02)
+
+
+def cells_of(group: dict[str, Any]) -> list[list[str]]:
+    """What the page has to show of a group, beside its label: for each column its lines."""
+
+    def say(form: str, value: float | None) -> list[str]:
+        return [] if value is None else [form.format(value)]
+
+    def spread(name: str) -> list[str]:
+        return say("± {:,.2f}", group["spread"][name])
+
+    millions = None if group["parameters"] is None else group["parameters"] / 1e6
+    cells = [
+        say("{:g}", group["keep_ratio"]),
+        say("{:,.2f} M", millions),
+        *(say("{:,.0f}", group[name]) for name in ("tokens", "seconds", "peak_memory_MB")),
+        say("{:,.2f}", group["perplexity"]) + spread("perplexity"),
+    ]
+    for metric in ("rouge1", "rouge2", "rougeLsum"):
+        value = group[metric]
+        interval = f"{value['low']:.2f}–{value['high']:.2f}"
+        cells.append([f"{value['value']:.2f}", interval, *spread(metric)])
+    cells.append(say("{:.1%}", group["share_of_teacher"]["rougeLsum"]))
+    for name in ("kd", "tinybert"):
+        test = group["against"].get(name, {}).get("rougeLsum")
+        p = test and ("p <.001" if test["p"] < 0.001 else f"p {test['p']:.3f}")
+        interval = test and f"{test['low']:+.2f} to {test['high']:+.2f}"
+        cells.append([f"{test['difference']:+.2f}", interval, p] if test else [])
+    return cells
+
+
+def table_of(html: str, name: str) -> list[list[list[str]]]:
+    """A table of a page: its rows, each cell as the lines of text that it shows."""
+    (table,) = re.findall(rf'<table aria-label="{name}".*?</table>', html, re.DOTALL)
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[[unescape(t) for t in re.findall(r"[^<>]+(?=<|$)", c)] for c in row] for row in cells]

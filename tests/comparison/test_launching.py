@@ -54,6 +54,22 @@ def test_a_run_that_fails_does_not_stop_the_others(grid: Grid) -> None:
     assert sum(line.endswith(": stands") for line in said) == 3, "only what failed is tried again"
 
 
+def test_the_last_words_are_those_of_the_last_attempt(grid: Grid) -> None:
+    item = grid.needed()[0]
+    told: list[dict[str, str]] = []
+    for ending in (
+        "print('makd: no memory left')\nsys.exit(71)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    ):
+        told.append(make(grid, [item], lambda i, e=ending: stand_in(grid, i, e), lambda _: None))
+    assert [list(errors.values()) for errors in told] == [
+        ["exit code 71: no memory left"],
+        ["killed by SIGKILL: no word"],
+    ]
+    record = read_record(grid.folder / item.place)
+    assert record is not None and record.error == "killed by SIGKILL: no word"
+
+
 def test_what_needs_a_run_that_failed_is_failed_too(grid: Grid) -> None:
     said: list[str] = []
     killed = {"shared/keep0.5": "os.kill(os.getpid(), signal.SIGKILL)"}

@@ -203,7 +203,7 @@ def make_comparison(tmp_path: Path, make_run: Make) -> Callable[[], Path]:
             "peak_memory_MB": 2048.0 if run else None,
             "perplexity": 40.0 if run else None,
             **{key: interval(value * share) for key, share in SHARES.items()},
-            "share_of_teacher": dict.fromkeys(SHARES, value / 21),
+            "share_of_teacher": dict.fromkeys(SHARES, value / 21) | {"rouge2": None},
             "against": {
                 "kd": {"rougeLsum": {"difference": value - 18, "low": -1.0, "high": 2.0, "p": 0.04}}
             }
@@ -229,8 +229,10 @@ def make_comparison(tmp_path: Path, make_run: Make) -> Callable[[], Path]:
             empty("tinybert", "failed", "no steps left"),
             empty("adkd", "waiting", None),
         ]
+        alone = {"seed": None, "seeds": [], "run": None, "spread": dict.fromkeys(SPREAD)}
+        two = {"seeds": [0, 1], "tokens": 1_000_000.5, "spread": SPREAD}
         groups = [
-            {**r, "seed": None, "seeds": [0, 1] if r["run"] else [], "run": None, "spread": None}
+            {**r, **alone, **(two if r["run"] and r["state"] == "done" else {})}
             for r in rows
             if r["seed"] in (None, 0)
         ]
@@ -251,3 +253,4 @@ def make_comparison(tmp_path: Path, make_run: Make) -> Callable[[], Path]:
 
 
 SHARES = {"rouge1": 1.3, "rouge2": 0.4, "rougeLsum": 1.0}
+SPREAD = {"tokens": 0.7, "perplexity": 1.75, "rouge1": 0.5, "rouge2": 0.1, "rougeLsum": 0.4}

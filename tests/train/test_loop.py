@@ -35,7 +35,11 @@ def run(
 ) -> list[dict[str, Any]]:
     """The steps that are logged. during: called in each of them."""
     model = SimpleNamespace(
-        engine=None, step=lambda: None, step_applied=True, gradient_norm=1.0, learning_rate=0.1
+        engine=SimpleNamespace(monitor=SimpleNamespace(enabled=False)),
+        step=lambda: None,
+        step_applied=True,
+        gradient_norm=1.0,
+        learning_rate=0.1,
     )
     loader = SimpleNamespace(next_step=lambda: [BATCH], epoch=0, state_dict=dict)
     checkpoints = SimpleNamespace(load=lambda engine: None, save=lambda *state: None)
