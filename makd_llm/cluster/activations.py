@@ -22,8 +22,8 @@ class Rules:
     """How a family's layer is built.
 
     Attributes:
-        norm: "rms" computes in fp32 and returns to the weights' dtype before it is scaled, "rms32"
-            after; "layer" is torch's fused layer norm, which keeps its input as it is.
+        norm: "lean" is `makd_kernels.lean.rms_norm`, "layer" torch's layer norm: both keep their
+            input as it is; "rms32" computes in fp32, and keeps input and result so.
         norms: of a layer's stream. parallel: all of them read the same one.
         head_norms: queries and keys are normed too, by head or whole.
         rotary: queries and keys are turned, so that attention keeps other tensors than the
@@ -31,9 +31,10 @@ class Rules:
         fused: values are a part of one module's outputs, all of which stay with them.
         copied: the attention's output is copied before `o` reads it.
         repeated: keys are repeated for all heads.
+        lean_gate: the feed-forward part is `makd_kernels.lean.swiglu`.
     """
 
-    norm: Literal["rms", "rms32", "layer"] = "rms"
+    norm: Literal["lean", "rms32", "layer"] = "lean"
     norms: int = 2
     parallel: bool = False
     head_norms: Literal["", "heads", "whole"] = ""
@@ -41,16 +42,17 @@ class Rules:
     fused: bool = False
     copied: bool = False
     repeated: bool = False
+    lean_gate: bool = False
 
 
 RULES: dict[str, Rules] = {
-    "llama": Rules(),
-    "qwen2": Rules(),
-    "qwen3": Rules(head_norms="heads"),
-    "mistral": Rules(),
+    "llama": Rules(lean_gate=True),
+    "qwen2": Rules(lean_gate=True),
+    "qwen3": Rules(head_norms="heads", lean_gate=True),
+    "mistral": Rules(lean_gate=True),
     "gemma": Rules("rms32"),
     "gemma3_text": Rules("rms32", norms=4, head_norms="heads"),
-    "olmo2": Rules("rms32", head_norms="whole"),
+    "olmo2": Rules("rms32", head_norms="whole", lean_gate=True),
     "phi3": Rules(fused=True, copied=True),
     "opt": Rules("layer", rotary=False),
     "gpt_neox": Rules("layer", parallel=True, fused=True, copied=True),
@@ -68,28 +70,33 @@ def rules_of(sizes: Sizes) -> Rules:
     return replace(rules, parallel=rules.parallel and not sizes.sequential)
 
 
-def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int) -> int:
-    """Bytes per token that one decoder layer keeps for the backward.
+def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int, *, noted: bool = True) -> int:
+    """Bytes per token that one decoder layer keeps for the backward. noted: inside `keeping_less`,
+    as a student's forward is (but not the one that a checkpointed layer's backward begins with).
 
-    With c bytes a weight: two inputs of matrices 2 D c; each norm its fp32 input 4 D and the normed
-    stream (D c, or 4 D); attention (2 Q + 2 G) c and 4 bytes a head; the feed-forward part F c each
-    for the gate, its activation, the up projection and their product (without a gate: what the
+    With c bytes a weight: each norm its input D c, or in fp32 4 D and its result 4 D; the inputs of
+    matrices 2 D c; attention (2 Q + 2 G) c and 4 bytes a head; the feed-forward part F c each for
+    the gate, its activation, the up projection and their product (without a gate: what the
     activation keeps, and its result); and R c for the narrow product of every factored matrix.
-    Where records are as long as the layer's window, also its mask, T c, and keys and values
-    repeated for all heads, 2 (Q - G) c (copies, so that a fused module's outputs are not kept).
+    A lean gate keeps no activation; and what a lean norm or gate gives is not kept where noted, if
+    all matrices that read it are factored. Where records are as long as the layer's window, also
+    its mask, T c, and keys and values repeated for all heads, 2 (Q - G) c (copies, so that a fused
+    module's outputs are not kept).
     """
     rules, c = rules_of(sizes), weight
-    query, key = sizes.query, sizes.key_value
-    total = 2 * sizes.width * c
+    query, key, dense = sizes.query, sizes.key_value, sizes.dense[layer]
+    inputs = (dense & {"q", "k", "v"}, dense & {"gate", "up"})
+    again = noted and rules.norm == "lean"
+    total = sum(sizes.width * c for readers in inputs if readers or not again)
     streams = 1 if rules.parallel else rules.norms
     if rules.norm == "layer":
         total += streams * sizes.width * c + rules.norms * 2 * c
     else:
-        normed = c if rules.norm == "rms" else 4
-        total += rules.norms * (sizes.width * (4 + normed) + 4)
+        kept = c if rules.norm == "lean" else 8
+        total += rules.norms * (sizes.width * kept + 4)
         if rules.head_norms:
             each = sizes.heads + sizes.heads * key // query if rules.head_norms == "heads" else 2
-            total += (query + key) * (4 + normed) + 4 * each
+            total += (query + key) * kept + 4 * each
     total += 2 * (query + key) * c + 4 * sizes.heads
     masked = sizes.masked(layer, length)
     fused = rules.fused and not (masked and key < query)
@@ -97,7 +104,10 @@ def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int) -> int:
     total += rules.repeated * (query - key) * c
     total += masked * (length + 2 * (query - key)) * c
     inside = _ACTIVATION_KEEPS.get(sizes.activation, 1)
-    total += (inside + (3 if sizes.gated else 1)) * sizes.neurons * c
+    wide = inside + (3 if sizes.gated else 1)
+    if rules.lean_gate and sizes.activation == "silu":
+        wide = 2 + (not noted or "down" in dense)
+    total += wide * sizes.neurons * c
     return total + sizes.ranks[layer] * c
 
 
@@ -182,8 +192,8 @@ def _inputs(matrices: Collection[tuple[int, str]], sizes: Sizes) -> int:
 def _kept_anyway(needs: Needs, sizes: Sizes, weight: int) -> int:
     """Of what a capture of the student shows, numbers per token that its backward keeps as well."""
     rules = rules_of(sizes)
-    # a norm keeps an fp32 copy: the stream itself only where that is fp32
-    stream = sizes.width if rules.norm == "layer" or weight == 4 else 0
+    # a norm in fp32 keeps a copy: the stream itself only where that is fp32
+    stream = sizes.width if rules.norm != "rms32" or weight == 4 else 0
     total = len(needs.hidden) * stream
     total += len(needs.attention) * (sizes.query + sizes.key_value)
     kept = {"v", "gate", "up"} if sizes.gated else {"v"}

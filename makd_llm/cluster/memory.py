@@ -91,7 +91,10 @@ def memory_of(job: Job) -> Memory:
         "logits": _logits(job) + rows,
         "head gradient": _head_gradient(job, largest=True),
     }
-    layers = (layer_keeps(student, weight, layer, job.length) for layer in range(student.layers))
+    layers = (
+        layer_keeps(student, weight, layer, job.length, noted=False)
+        for layer in range(student.layers)
+    )
     again = max(layers) if job.checkpointing else 0
     last_states = teacher_states - captured.teacher * tokens
     reduced = min(job.sharding.reduce_bucket, student.numbers) * job.sharding.message

@@ -44,6 +44,7 @@ class Sizes:
         sequential: the feed-forward part reads what the attention has written, in a family where it
             usually reads the same stream.
         ranks: by layer, the sum of its factored matrices' ranks.
+        dense: by layer, the roles of its matrices that are not factored.
         products: by layer, multiplications per token in its matrices.
     """
 
@@ -62,6 +63,7 @@ class Sizes:
     windows: tuple[int, ...]
     sequential: bool
     ranks: tuple[int, ...]
+    dense: tuple[frozenset[str], ...]
     products: tuple[int, ...]
 
     @property
@@ -140,8 +142,11 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
     model.tie_weights()
     shape = shape_of(config)
     ranks, products = [0] * shape.layers, [0] * shape.layers
+    dense: list[set[str]] = [set() for _ in range(shape.layers)]
     for layer, matrix, rank in _ranked(config):
         ranks[layer] += rank or 0
+        if rank is None:
+            dense[layer].add(matrix.role)
         products[layer] += matrix.stored(rank)
     return Sizes(
         family=family.model_type,
@@ -159,6 +164,7 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
         windows=_windows(config),
         sequential=not getattr(config, "use_parallel_residual", True),
         ranks=tuple(ranks),
+        dense=tuple(frozenset(roles) for roles in dense),
         products=tuple(products),
     )
 

@@ -48,8 +48,7 @@ def _capturing_sdpa(
         if places is None:
             recorder(query, key, kwargs)
         else:
-            padded = (heads_with_padding(x, places) for x in (query, key))
-            recorder(*padded, kwargs)
+            recorder(heads_with_padding(query, places), heads_with_padding(key, places), kwargs)
     if places is not None:
         return attention_by_record(module, query, key, value, places, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

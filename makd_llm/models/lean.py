@@ -2,7 +2,6 @@
 CPU: `makd_kernels.lean` in their forward, everything else as it was.
 """
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,11 +18,10 @@ NORMS = frozenset(
 def make_lean(model: nn.Module) -> None:
     """Gives every norm of `NORMS` and every SwiGLU of three modules the forward of here."""
     for module in model.modules():
-        kind = type(module)
-        if kind.__name__ in NORMS:
-            module.__class__ = _with_forward(kind, _norm)
+        if type(module).__name__ in NORMS:
+            module.__class__ = _with_forward(type(module), _norm)
         elif _is_swiglu(module):
-            module.__class__ = _with_forward(kind, _feed_forward)
+            module.__class__ = _with_forward(type(module), _feed_forward)
 
 
 def _is_swiglu(module: Any) -> bool:
@@ -35,8 +33,7 @@ def _is_swiglu(module: Any) -> bool:
     )
 
 
-@cache
-def _with_forward(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+def _with_forward(kind: Any, forward: Any) -> Any:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 

@@ -1,22 +1,26 @@
 """What the planner says a layer keeps, against what autograd keeps in a real one."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from makd_kernels import lowrank_linear
+from makd_kernels.lean import keeping_less
 from makd_llm.cluster.activations import RULES, layer_keeps
 from makd_llm.cluster.sizes import sizes_of, student_config
 from makd_llm.models.capture import attention_of
 from makd_llm.models.families import FAMILIES
-from makd_llm.models.modeling_lowrank import model_class_for
+from makd_llm.models.lean import make_lean
+from makd_llm.models.modeling_lowrank import LowRankLinear, model_class_for
 from makd_llm.models.sharded import _without_dropout
 from makd_llm.testing import tiny_config
 
 TOKENS = 64
 
 
-def kept_bytes(config: object, dtype: torch.dtype) -> int:
+def kept_bytes(config: object, dtype: torch.dtype, noted: bool) -> int:
     """What the backbone's forward keeps beside its parameters, each tensor once."""
     made = (
         model_class_for(config)
@@ -27,6 +31,10 @@ def kept_bytes(config: object, dtype: torch.dtype) -> int:
         )
         .train()
     )
+    for module in made.modules():
+        if isinstance(module, LowRankLinear):
+            module.product = lowrank_linear
+    make_lean(made)
     own = {p.untyped_storage().data_ptr() for p in made.parameters()}
     kept: dict[int, int] = {}
 
@@ -39,13 +47,16 @@ def kept_bytes(config: object, dtype: torch.dtype) -> int:
     family = FAMILIES[made.config.model_type.removeprefix("makd_")]
     backbone = made.get_submodule(family.backbone)
     ids = torch.randint(1, 40, (1, TOKENS))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    less = keeping_less() if noted else nullcontext()
+    with less, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = backbone(input_ids=ids, use_cache=False).last_hidden_state
     assert result.grad_fn is not None
     return sum(kept.values())
 
 
-def said_and_kept(family: str, dtype: torch.dtype, **changed: Any) -> tuple[int, float]:
+def said_and_kept(
+    family: str, dtype: torch.dtype, *, noted: bool = True, keep: float = 0.6, **changed: Any
+) -> tuple[int, float]:
     """Bytes per token of a second layer: what the planner says, and what autograd keeps."""
     totals, sizes = [], None
     for layers in (1, 2):
@@ -55,18 +66,20 @@ def said_and_kept(family: str, dtype: torch.dtype, **changed: Any) -> tuple[int,
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1] * layers
-        student = student_config(config, 0.6, 1)
+        student = student_config(config, keep, 1)
         sizes = sizes_of(student)
-        totals.append(kept_bytes(student, dtype))
+        totals.append(kept_bytes(student, dtype, noted))
     assert sizes is not None
-    return layer_keeps(sizes, dtype.itemsize, 1, TOKENS), (totals[1] - totals[0]) / TOKENS
+    said = layer_keeps(sizes, dtype.itemsize, 1, TOKENS, noted=noted)
+    return said, (totals[1] - totals[0]) / TOKENS
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "plain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(RULES))
-def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype) -> None:
+def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype, noted: bool) -> None:
     types = {"layer_types": ["full_attention"]} if family == "gemma3_text" else {}
-    said, kept = said_and_kept(family, dtype, **types)
+    said, kept = said_and_kept(family, dtype, noted=noted, **types)
     assert said == pytest.approx(kept, rel=0.02)
 
 
