@@ -48,7 +48,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
             f"weight is {tuple(weight_D.shape)} {weight_D.dtype}; x {tuple(x.shape)} {x.dtype} "
             f"needs ({x.shape[-1]},) of its dtype"
         )
-    y: Tensor = _RMSNorm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight_D, eps)
     if _notes is not None and y.requires_grad:
         # A copy: where ZeRO-3 shards the weight, only the norm's own backward has it whole.
         _leave(y, _norm_of, x, weight_D.detach().clone(), eps)
@@ -72,7 +72,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate is {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}; they must "
             "be alike"
         )
-    y: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    y: Tensor = _SwiGLU.apply(gate, up)
     if _notes is not None and y.requires_grad:
         _leave(y, _swiglu_of, gate, up)
     return y
@@ -135,7 +135,7 @@ def keeping_less() -> Iterator[None]:
 
 def _leave(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> None:
     tensors = tuple(a for a in arguments if isinstance(a, Tensor))
-    storage = StorageWeakRef(y.untyped_storage())  # type: ignore[no-untyped-call]
+    storage = StorageWeakRef(y.untyped_storage())
     assert _notes is not None
     _notes[storage.cdata] = storage, _Note(make, tensors, arguments[len(tensors) :])
 
@@ -154,7 +154,7 @@ def product_of_noted(
     x: Tensor, note: _Note, down_RK: Tensor, up_MR: Tensor, bias_M: Tensor | None
 ) -> Tensor:
     """x @ down^T @ up^T + bias as two matmuls, (..., M), keeping the note in x's place."""
-    y: Tensor = _ProductOfNoted.apply(x, note, down_RK, up_MR, bias_M)  # type: ignore[no-untyped-call]
+    y: Tensor = _ProductOfNoted.apply(x, note, down_RK, up_MR, bias_M)
     return y
 
 
@@ -170,7 +170,7 @@ class _ProductOfNoted(torch.autograd.Function):
         return F.linear(narrow, up_MR, bias_M)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         narrow, down_RK, up_MR, *tensors = ctx.saved_tensors
         grad_NM, narrow_NR = grad.flatten(0, -2), narrow.flatten(0, -2)
         grad_narrow_NR = grad_NM @ up_MR
@@ -189,7 +189,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, root_N1 = ctx.saved_tensors
         if torch.is_grad_enabled():
             y = rms_norm_reference(x, weight_D, ctx.eps)
@@ -215,7 +215,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_of(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
             y = swiglu_reference(gate, up)

@@ -33,8 +33,14 @@ def _is_swiglu(module: Any) -> bool:
     )
 
 
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
 def _with_forward(kind: Any, forward: Any) -> Any:
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    if (kind, forward) not in _MADE:
+        own = {"forward": forward, "__module__": kind.__module__}
+        _MADE[kind, forward] = type(kind.__name__, (kind,), own)
+    return _MADE[kind, forward]
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
