@@ -58,7 +58,7 @@ def instructions(gpus: int, cpuinfo: Path = CPUINFO) -> Iterator[Finding]:
     if gpus or flags & set(BF16_FLAGS):
         yield Finding("CPU", "ok", found, values={"cores": cores(), "flags": shown})
     else:
-        advice = "no instructions for bf16: take bf16 out of the --ds JSON where ranks are CPUs"
+        advice = "no instructions for bf16: where ranks are CPUs, --ds ds_configs/zero1_fp32.json"
         yield Finding("CPU", "slow", found, advice, values={"cores": cores(), "flags": shown})
 
 
@@ -114,7 +114,7 @@ def judge_rates(bf16: float, fp32: float, threads: int, gpus: int = 0) -> Findin
         advice = "a core left alone does more: look for other programs, or fewer threads a rank"
         return Finding("CPU products", "slow", found, advice, values=values)
     if not gpus and bf16 < fp32:
-        advice = "bf16 is slower than fp32 here: take bf16 out of the --ds JSON if memory allows"
+        advice = "bf16 is slower than fp32 here: --ds ds_configs/zero1_fp32.json if memory allows"
         return Finding("CPU products", "slow", found, advice, values=values)
     return Finding("CPU products", "ok", found, values=values)
 
