@@ -223,7 +223,7 @@ def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
     student = load(setting.student, dtype=torch.float32)
     for model in (teacher, student):
         model.config.use_cache = False
-        model.to(device=torch.device(setting.device))
+        torch.nn.Module.to(model, setting.device)  # transformers' own `to` has no types
     return teacher, student
 
 

@@ -4,18 +4,19 @@
     python benchmarks/peers.py --run runs/demo --records 4 --length 512     (random tokens)
 
 contestants.py says who they are and what each computes. The run folder gives teacher, student and
-data (`data.source=...` behind the options takes another). Every contestant has a process of its
-own, and one of them works at a time, step by step, each round beginning with another: a machine
-that is now slow and now fast is so for all, and memory is each one's own. Two steps on the largest
-batch come first, and are not timed: on the first all must find the same divergence, or nothing is
-timed; over the second, when the optimizer's states are there, memory is watched.
+data (`data.source=...` behind the options takes another). In every round each takes its turn at the
+same batch, another one first each time, so that a machine that is now slow and now fast is so for
+all; a turn is a process of its own, alone in memory, which loads both models and takes a step to
+warm up (on which all must find the same divergence, or there is no table), one whose memory is
+watched, and some that are timed. The optimizer's step is among what is timed, its states are among
+the memory.
 
-Columns: tokens/s (padding left out), their median; how many times TRL's in the same round, its
-median; seconds of a step (20, 50 and 80 %) and the processor's, over all threads; the process's
-peak memory in all (on a GPU, the allocator's); and the seconds of each part: `teacher` and
-`student`, what their layers' and heads' own forwards take, `backward`, autograd's, `optimizer`,
-clipping and update, and `loss`, the rest. Where a head's product runs with the loss (ours, TRL's
-DistillationTrainer) it is in `loss`; ours makes the gradients of logits there as well.
+Columns: tokens/s (padding left out); how many times TRL's in the same round; seconds of a step (20,
+50 and 80 %) and the processor's, over all threads; the process's peak memory in all (on a GPU, the
+allocator's), and as a share of TRL's; all medians over the rounds. Then the seconds of each part:
+`teacher` and `student`, what their layers' and heads' own forwards take, `backward`, autograd's,
+`optimizer`, clipping and update, and `loss`, the rest. Where a head's product runs with the loss
+(ours, TRL's DistillationTrainer) it is in `loss`; ours makes the gradients of logits there as well.
 
 of_matmul: the operations a second that the task needs, as a share of what a large product of the
 same dtype reaches on the same threads, measured in every round:
@@ -34,11 +35,11 @@ import importlib.util
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from unittest.mock import patch
@@ -58,6 +59,7 @@ from makd_llm.train.deepspeed_config import read_deepspeed_config, training_conf
 from measure import RESULTS, Rows, matmul_rate, peaks, say, where, write
 from training import CHECKOUT, random_rows
 
+PARTS = ("teacher", "student", "loss", "backward", "optimizer")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WITHIN = {"fp32": 1e-3, "bf16": 5e-2}
 """How far divergences may be from TRL's, relative to it."""
@@ -65,8 +67,8 @@ WITHIN = {"fp32": 1e-3, "bf16": 5e-2}
 
 @dataclass(frozen=True)
 class Turn:
-    """A step of a contestant. seconds by the clock, cpu of all threads, parts by name; divergence
-    in nats per token; peak in MB, where it was watched and is known.
+    """A step of a contestant, or its median of a few: seconds by the clock, cpu of all threads,
+    parts by name, divergence in nats per token, peak memory in MB, where it is known.
     """
 
     seconds: float
@@ -81,8 +83,9 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of its config.")] = None,
     ds: Annotated[Path, typer.Option(help="Ours.")] = CHECKOUT / "ds_configs" / "zero1.json",
     dtype: Literal["fp32", "bf16"] = "fp32",
-    rounds: int = 7,
-    records: int = 8,
+    rounds: int = 6,
+    steps: Annotated[int, typer.Option(help="That are timed in a turn.")] = 2,
+    records: int = 4,
     length: Annotated[
         int | None, typer.Option(help="Of rows of random tokens, a quarter of them to be learnt.")
     ] = None,
@@ -109,12 +112,13 @@ def main(
     )
     batches = drawn(config, setting, rounds, length)
     names = list(CONTESTANTS) if only is None else list(dict.fromkeys([TRL, *only.split(",")]))
-    turns, memory, rates = in_turns(names, setting, batches, WITHIN[dtype])
-    said = f"{records} x {length} random tokens" if length else f"{records} of {config.data.source}"
-    about = {"batch": said, "dtype": dtype}
-    rows = table(
-        turns, memory, rates, batches, necessary(setting, batches), about | {"ds": ds.stem}
-    )
+    if unknown := set(names) - set(CONTESTANTS):
+        raise SystemExit(f"--only: no {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
+    turns, rates = in_turns(names, setting, batches, steps, WITHIN[dtype])
+    source = f"{length} random tokens" if length else Path(config.data.source).name
+    about = {"batch": f"{records} x {source}", "dtype": dtype}
+    flops = necessary(setting, batches)
+    rows = table(turns, rates, batches, flops, about | {"ds": ds.stem})
     for row in rows:
         row |= where(device)
     publish(rows, results / f"peers_{device}.csv", about)
@@ -157,84 +161,62 @@ def necessary(setting: Setting, batches: Sequence[Batch]) -> list[float]:
 
 
 def in_turns(
-    names: Sequence[str], setting: Setting, batches: Sequence[Batch], within: float
-) -> tuple[dict[str, list[Turn]], dict[str, float | None], list[float]]:
-    """Every contestant's step on every batch; peak memory of each; TFLOP/s of a matmul in each
-    round. Ends the benchmark where one of them fails, or finds another divergence.
+    names: Sequence[str], setting: Setting, batches: Sequence[Batch], steps: int, within: float
+) -> tuple[dict[str, list[Turn]], list[float]]:
+    """Every contestant's turn at every batch, and TFLOP/s of a matmul in each round. Ends the
+    benchmark where one of them fails, or finds another divergence.
     """
-    largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     rates = []
-    with ExitStack() as stack:
-        ways = {}
-        for name in names:
-            ways[name] = stack.enter_context(started(name, setting))
-            say(f"{name}: ready")
-        found = {name: asked(ways, name, largest).divergence for name in names}
-        agree(found, within)
-        memory = {name: asked(ways, name, largest, watched=True).peak for name in names}
-        for count, batch in enumerate(batches):
-            rates.append(matmul_rate(setting.device, setting.dtype, 3))
-            first = count % len(names)
-            for name in [*names[first:], *names[:first]]:
-                turns[name].append(asked(ways, name, batch))
-                say(f"round {count + 1}: {name}: {turns[name][-1].seconds:.3f} s")
-    return turns, memory, rates
+    for count, batch in enumerate(batches):
+        rates.append(matmul_rate(setting.device, setting.dtype, 3))
+        first = count % len(names)
+        for name in [*names[first:], *names[:first]]:
+            turn = in_own_process(name, setting, batch, steps)
+            turns[name].append(turn)
+            say(f"round {count + 1}: {name}: {turn.seconds:.3f} s, KL {turn.divergence:.5f}")
+        agree({name: turns[name][-1].divergence for name in names}, within)
+    return turns, rates
 
 
 def agree(divergences: dict[str, float], within: float) -> None:
     """No time of a step that learns something else."""
     for name, value in divergences.items():
         if not abs(value - divergences[TRL]) <= within * divergences[TRL]:
-            raise SystemExit(f"{name} finds {value}, {TRL} {divergences[TRL]}; nothing timed")
+            raise SystemExit(f"{name} finds {value}, {TRL} {divergences[TRL]}; no table")
 
 
-@contextmanager
-def started(name: str, setting: Setting) -> Iterator[Connection]:
-    """The process of a contestant, once its models are loaded."""
+def in_own_process(name: str, setting: Setting, batch: Batch, steps: int) -> Turn:
+    """A contestant's turn, alone in memory."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, name, setting))
-    process.start()
-    there.close()
-    try:
-        _received(here, name)
-        yield here
-    finally:
-        here.close()
-        process.join()
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(turn_of, name, setting, batch, steps).result()
+        except BrokenProcessPool:
+            raise SystemExit(f"{name}: its process was killed; is there memory enough?") from None
 
 
-def asked(ways: dict[str, Connection], name: str, batch: Batch, *, watched: bool = False) -> Turn:
-    """A step of a contestant, the others waiting."""
-    ways[name].send((batch, watched))
-    turn: Turn = _received(ways[name], name)
-    return turn
-
-
-def _received(way: Connection, name: str) -> Any:
-    try:
-        return way.recv()
-    except EOFError:
-        raise SystemExit(f"{name}: failed") from None
-
-
-def work(way: Connection, name: str, setting: Setting) -> None:
-    """What the process of a contestant does: steps, until there is nobody to ask for them."""
+def turn_of(name: str, setting: Setting, batch: Batch, steps: int) -> Turn:
+    """Loads a contestant's models and takes steps: one that warms up, one whose memory is watched,
+    and `steps` that are timed.
+    """
     contestant = CONTESTANTS[name](setting)
     clock = Clock(contestant, setting.device)
-    way.send(name)
-    with suppress(EOFError):
-        while True:
-            batch, watched = way.recv()
-            made: list[Turn] = []
-            step = partial(clock.step, contestant, batch.to(setting.device), made)
-            if watched:
-                _, peak = peaks(step, setting.device)
-                made[0] = replace(made[0], peak=peak)
-            else:
-                step()
-            way.send(made[0])
+    given = contestant.fed(batch.to(setting.device))
+    taken: list[Turn] = []
+    step = partial(clock.step, contestant, given, taken)
+    step()
+    _, peak = peaks(step, setting.device)
+    for _ in range(steps):
+        step()
+    timed = taken[2:]
+    return Turn(
+        statistics.median(turn.seconds for turn in timed),
+        statistics.median(turn.cpu for turn in timed),
+        {part: statistics.median(turn.parts[part] for turn in timed) for part in PARTS},
+        taken[0].divergence,
+        peak,
+    )
 
 
 class Clock:
@@ -249,9 +231,8 @@ class Clock:
                 module.register_forward_pre_hook(self._begin)
                 module.register_forward_hook(partial(self._end, part))
 
-    def step(self, contestant: Contestant, batch: Batch, made: list[Turn]) -> None:
-        """Appends to `made`. What turns the batch into a contestant's own form is not timed."""
-        given = contestant.fed(batch)
+    def step(self, contestant: Contestant, given: Any, taken: list[Turn]) -> None:
+        """Appends to `taken`."""
         self._spent = dict.fromkeys(self._spent, 0.0)
         cpu, began = time.process_time(), self._now()
         with patch.object(torch.autograd, "backward", self._backward):
@@ -261,7 +242,7 @@ class Clock:
         ended = self._now()
         loss = learnt - began - sum(self._spent.values())
         parts = {**self._spent, "loss": loss, "optimizer": ended - learnt}
-        made.append(Turn(ended - began, time.process_time() - cpu, parts, float(divergence)))
+        taken.append(Turn(ended - began, time.process_time() - cpu, parts, float(divergence)))
 
     def _backward(self, *arguments: Any, **options: Any) -> None:
         self._begin()
@@ -285,7 +266,6 @@ BACKWARD = torch.autograd.backward
 
 def table(
     turns: dict[str, list[Turn]],
-    memory: dict[str, float | None],
     rates: Sequence[float],
     batches: Sequence[Batch],
     flops: Sequence[float],
@@ -297,37 +277,33 @@ def table(
     for name, own in turns.items():
         seconds = [turn.seconds for turn in own]
         low, middle, high = (_quantile(seconds, share) for share in (0.2, 0.5, 0.8))
-        speed = [n / s for n, s in zip(tokens, seconds, strict=True)]
-        ratios = [trl.seconds / s for trl, s in zip(turns[TRL], seconds, strict=True)]
-        reached = [
-            100 * count / s / rate / 1e12
-            for count, s, rate in zip(flops, seconds, rates, strict=True)
-        ]
-        peak, of = memory[name], memory[TRL]
-        rows.append(
-            about
-            | {
-                "contestant": name,
-                "tokens_per_second": f"{statistics.median(speed):.1f}",
-                "times_trl": f"{statistics.median(ratios):.2f}",
-                "peak_MB": "" if peak is None else f"{peak:.0f}",
-                "memory_of_trl": "" if peak is None or of is None else f"{peak / of:.2f}",
-                "seconds_20": f"{low:.3f}",
-                "seconds_50": f"{middle:.3f}",
-                "seconds_80": f"{high:.3f}",
-                "cpu_seconds": f"{statistics.median(turn.cpu for turn in own):.3f}",
-                **{
-                    f"{part}_s": f"{statistics.median(turn.parts[part] for turn in own):.3f}"
-                    for part in ("teacher", "student", "loss", "backward", "optimizer")
-                },
-                "of_matmul": f"{statistics.median(reached):.1f}%",
-                "matmul_TFLOP/s": f"{statistics.median(rates):.3g}",
-                "tokens": round(statistics.mean(tokens)),
-                "learnt": round(statistics.mean(int(batch.n_targets) for batch in batches)),
-                "rounds": len(own),
-            }
-        )
+        paired = list(zip(own, turns[TRL], strict=True))
+        held = [(turn.peak, trl.peak) for turn, trl in paired if turn.peak and trl.peak]
+        rounds = zip(flops, seconds, rates, strict=True)
+        row = {
+            "contestant": name,
+            "tokens_per_second": _median((n / s for n, s in zip(tokens, seconds, strict=True)), 1),
+            "times_trl": _median((trl.seconds / turn.seconds for turn, trl in paired), 2),
+            "peak_MB": _median((peak for peak, _ in held), 0),
+            "memory_of_trl": _median((peak / of for peak, of in held), 2),
+            "seconds_20": f"{low:.3f}",
+            "seconds_50": f"{middle:.3f}",
+            "seconds_80": f"{high:.3f}",
+            "cpu_seconds": _median((turn.cpu for turn in own), 3),
+            **{f"{part}_s": _median((turn.parts[part] for turn in own), 3) for part in PARTS},
+            "of_matmul": _median((100 * n / s / (1e12 * rate) for n, s, rate in rounds), 1) + "%",
+            "matmul_TFLOP/s": f"{statistics.median(rates):.3g}",
+            "tokens": round(statistics.mean(tokens)),
+            "learnt": round(statistics.mean(int(batch.n_targets) for batch in batches)),
+            "rounds": len(own),
+        }
+        rows.append(about | row)
     return rows
+
+
+def _median(values: Iterable[float], digits: int) -> str:
+    known = list(values)
+    return f"{statistics.median(known):.{digits}f}" if known else ""
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
