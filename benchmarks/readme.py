@@ -130,6 +130,26 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
             }
         ),
     ),
+    "peers": (
+        "peers_cpu.csv",
+        columns(
+            {
+                "batch": "batch",
+                "dtype": "dtype",
+                "contestant": "",
+                "tokens_per_second": "tokens/s",
+                "times_trl": "of TRL's",
+                "peak_MB": "memory in all, MB",
+                "memory_of_trl": "of TRL's",
+                "of_matmul": "of the matmul rate",
+                "teacher_s": "teacher, s",
+                "student_s": "student, s",
+                "loss_s": "loss, s",
+                "backward_s": "backward, s",
+                "optimizer_s": "optimizer, s",
+            }
+        ),
+    ),
     "presets": (
         "presets_cpu.csv",
         columns(

@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -272,6 +274,67 @@ def test_presets_are_run_as_a_user_does_and_steps_are_timed_in_turns(
     shown = {name: load("readme").TABLES[name][1] for name in ("presets", "step")}
     assert "| makd |" in shown["presets"](rows["presets_cpu"])
     assert "| makd everywhere |" in shown["step"](rows["step_cpu"])
+
+
+@pytest.fixture
+def run_folder(tiny: Path, tmp_path: Path) -> Path:
+    """What of a finished run the peers read."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny / "teacher", run / "teacher")
+    recipe = Recipe(0.5, method="svd", rank_multiple=2)
+    factorize(tiny / "teacher", run / "factorized", recipe, [], tokenizer=None, dtype=torch.float32)
+    for file in (tiny / "teacher").glob("*token*"):
+        shutil.copy(file, run / "factorized")
+    config = f"teacher: {{model: none}}\ndata: {{source: {tiny}, max_length: 48}}\n"
+    (run / "config.yaml").write_text(config, encoding="utf-8")
+    return run
+
+
+def test_without_trl_there_is_one_line(
+    load, monkeypatch: pytest.MonkeyPatch, run_folder: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="no TRL here"):
+        load("peers").main(run_folder)
+
+
+def test_peers_that_learn_something_else_are_not_timed(load) -> None:
+    peers = load("peers")
+    found = {peers.TRL: 2.0, "close": 2.001}
+    peers.agree(found, 1e-3)
+    for wrong in (2.1, float("nan")):
+        with pytest.raises(SystemExit, match=r"other finds .* no table"):
+            peers.agree(found | {"other": wrong}, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_peers_take_turns_at_the_same_batches(load, run_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is in the extra `peers`")
+    out = tmp_path / "peers_cpu.csv"
+    script = [str(BENCHMARKS / "peers.py"), "--run", str(run_folder), "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, *script, "--records", "2", "--results", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment_alone() | {"DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(out.open(newline="")))
+    peers = load("peers")
+    assert [row["contestant"] for row in rows] == list(peers.CONTESTANTS)
+    for row in rows:
+        parts = ("teacher", "student", "loss", "backward", "optimizer")
+        assert all(float(row[f"{part}_s"]) > 0 for part in parts)
+        assert float(row["peak_MB"]) > 0 and float(row["of_matmul"].rstrip("%")) > 0
+    assert rows[0]["times_trl"] == rows[0]["memory_of_trl"] == "1.00"
+    assert "| makd_llm kd |" in load("readme").TABLES["peers"][1](rows)
+    # Rows of another dtype stay, those of the same are replaced.
+    about = {key: rows[0][key] for key in ("batch", "dtype")}
+    peers.publish([rows[0] | {"dtype": "bf16"}], out, about | {"dtype": "bf16"})
+    peers.publish(rows[1:2], out, about)
+    assert [row["dtype"] for row in csv.DictReader(out.open(newline=""))] == ["bf16", "fp32"]
 
 
 def test_scaling_is_told_apart_from_what_two_cores_lose_to_each_other(load) -> None:
