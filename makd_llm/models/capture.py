@@ -23,7 +23,6 @@ from makd_llm.models.unpadded import (
     attention_by_record,
     heads_with_padding,
     with_padding,
-    without_padding,
 )
 from makd_llm.shown import LAYER, AttentionShown, Needs, Shown
 
@@ -118,7 +117,7 @@ def capture(
 def _hidden_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not part.again:
-            shown.hidden[index] = part.padded(_hidden_of(output))
+            shown.hidden[index] = _hidden_of(output)
 
     return hook
 
@@ -131,7 +130,7 @@ def _hidden_of(output: Any) -> Tensor:
 def _layer_input_hook(shown: Shown, part: "_Part", index: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not part.again:
-            shown.layer_input[index] = part.padded(args[0] if args else kwargs["hidden_states"])
+            shown.layer_input[index] = args[0] if args else kwargs["hidden_states"]
 
     return hook
 
@@ -156,8 +155,8 @@ def _again_hook(
         part.again = True
         try:
             for source in sources:
-                x = own.detach() if source == "student" else part.unpadded(replay[index, LAYER])
-                shown.again[index, source] = part.padded(_hidden_of(module(x, *others, **rest)))
+                x_BTD = own.detach() if source == "student" else replay[index, LAYER]
+                shown.again[index, source] = _hidden_of(module(x_BTD, *others, **rest))
         finally:
             part.again = False
 
@@ -192,8 +191,8 @@ def _by_module(
 
 
 class _Part:
-    """A matrix's share of what its module takes or gives, as (B, T, ...); and whether this is the
-    model's own pass.
+    """A matrix's share of what its module takes or gives, as (B, T, ...) or, without padding, (1,
+    N, ...); and whether this is the model's own pass.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -214,15 +213,11 @@ class _Part:
         return self.of_input(part_of(self._config, matrix, output))
 
     def of_input(self, x: Tensor) -> Tensor:
-        return self.padded(x.view(*self._rows, -1) if x.dim() == 2 else x)
+        return x.view(*self._rows, -1) if x.dim() == 2 else x
 
     def padded(self, x: Tensor) -> Tensor:
-        """(B, T, ...) of what the model has, where it runs without padding."""
+        """(B, T, ...), also where the model runs without padding."""
         return x if self._places is None else with_padding(x, self._places)
-
-    def unpadded(self, x_BTD: Tensor) -> Tensor:
-        """What the model has of (B, T, D)."""
-        return x_BTD if self._places is None else without_padding(x_BTD, self._places)
 
 
 def _matrix_hook(
@@ -238,7 +233,7 @@ def _matrix_hook(
                 if needs.matrix_input:
                     shown.matrix_input[key] = part.of_input(args[0])
             if key in needs.plain:
-                shown.plain[key] = part.of_output(matrix, output)
+                shown.plain[key] = part.padded(part.of_output(matrix, output))
 
     return hook
 
@@ -257,7 +252,7 @@ def _fed_hook(
             return
         part.again = True
         try:
-            outputs = module(part.unpadded(replay[index, matrices[0].key]))
+            outputs = module(replay[index, matrices[0].key])
         finally:
             part.again = False
         for matrix in matrices:

@@ -37,6 +37,23 @@ def attention_divergence(
         raise ValueError(
             f"attention windows differ: student {student.window}, teacher {teacher.window}"
         )
+    lengths = masks.lengths()
+    if lengths is not None:
+        parts = zip(_by_record(student, lengths), _by_record(teacher, lengths), strict=True)
+        return torch.stack(
+            [
+                attention_divergence(
+                    ours,
+                    theirs,
+                    masks.of_record(row, lengths[row]),
+                    heads=heads,
+                    divergence=divergence,
+                    beta=beta,
+                    impl=impl,
+                )
+                for row, (ours, theirs) in enumerate(parts)
+            ]
+        ).sum()
     exact = torch.promote_types(student.query_BHTD.dtype, torch.float32)
     weights_BT = masks.tokens_BT.to(exact) / student.query_BHTD.shape[1]
     if divergence == "logit_mse":
@@ -57,3 +74,12 @@ def attention_divergence(
         impl=impl,
     )
     return found.loss
+
+
+def _by_record(shown: AttentionShown, lengths: Sequence[int]) -> list[AttentionShown]:
+    """Each record's own queries and keys, without padding."""
+    rows = zip(lengths, shown.query_BHTD.split(1), shown.key_BGTD.split(1), strict=True)
+    return [
+        AttentionShown(query[:, :, :length], key[:, :, :length], shown.scale, shown.window)
+        for length, query, key in rows
+    ]

@@ -16,8 +16,23 @@ class Masks(NamedTuple):
     keys_BT: Tensor | None = None
 
     def summed(self, values_BT: Tensor) -> Tensor:
-        """Over the tokens that count."""
+        """Over the tokens that count; of (1, N), which has no others, over all."""
+        if values_BT.shape != self.tokens_BT.shape:
+            return values_BT.sum()
         return torch.where(self.tokens_BT, values_BT, 0.0).sum()
+
+    def lengths(self) -> list[int] | None:
+        """How many tokens each record has, where it pays to go through attention record by record:
+        on a CPU, which knows it without waiting, and only if some are padded (on the right).
+        """
+        if not self.tokens_BT.is_cpu or self.keys_BT is not None or bool(self.tokens_BT.all()):
+            return None
+        found: list[int] = self.tokens_BT.sum(1).tolist()
+        return found
+
+    def of_record(self, row: int, length: int) -> "Masks":
+        """Of one record's tokens."""
+        return Masks(self.tokens_BT[row : row + 1, :length])
 
     def seen_by(self, window: int | None) -> Tensor:
         """How many keys each token sees, itself among them, (B, T) int64: at least 1. window: the

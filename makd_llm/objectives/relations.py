@@ -6,6 +6,7 @@ distribution of X over itself, and compared as one, without maps (makd_kernels.a
 """
 # B batch, T tokens, M and N widths, A relation heads
 
+import torch
 from torch import Tensor
 
 from makd_kernels.attention_kl import attention_kl_loss
@@ -29,6 +30,21 @@ def relation_divergence(
     for who, width in (("student", student_BTM.shape[-1]), ("teacher", teacher_BTN.shape[-1])):
         if width % heads:
             raise ValueError(f"{heads} relation heads do not divide the {who}'s width {width}")
+    lengths = masks.lengths()
+    if lengths is not None:
+        rows = zip(student_BTM.split(1), teacher_BTN.split(1), strict=True)
+        return torch.stack(
+            [
+                relation_divergence(
+                    ours[:, : lengths[row]],
+                    theirs[:, : lengths[row]],
+                    masks.of_record(row, lengths[row]),
+                    heads=heads,
+                    impl=impl,
+                )
+                for row, (ours, theirs) in enumerate(rows)
+            ]
+        ).sum()
     ours_BATD = _split(student_BTM, heads)
     theirs_BATD = _split(teacher_BTN.detach(), heads)
     return attention_kl_loss(

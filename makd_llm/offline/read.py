@@ -50,7 +50,8 @@ class TeacherCache:
 
     def shown(self, batch: Batch, needs: Needs) -> Shown:
         """What a forward of the teacher would have shown of it, on the batch's device: the hidden
-        states (B, T, D) that are needed, 0 on padding, and the likeliest tokens.
+        states (B, T, D) that are needed, 0 on padding, and the likeliest tokens. States are (1, N,
+        D) for a batch whose model leaves the padding out.
 
         Raises UserError for a record that is not among those the teacher saw.
         """
@@ -72,6 +73,9 @@ class TeacherCache:
         return found
 
     def _hidden(self, batch: Batch, places: list[tuple[int, int]], layer: int) -> torch.Tensor:
+        if batch.tokens_N is not None:
+            parts = [self._shards[n].hidden(self._opened(n), row, layer) for n, row in places]
+            return torch.cat(parts).to(self.dtype)[None]
         rows, length = batch.input_ids_BT.shape
         states_BTD = torch.zeros(rows, length, self.manifest.width, dtype=self.dtype)
         for index, (number, row) in enumerate(places):

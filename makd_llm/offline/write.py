@@ -126,7 +126,10 @@ def _answers(
         batch = batch.to(distributed.device())
         with torch.no_grad(), teacher.capture(needs) as shown:
             top = teacher(batch, partial(_at_head, batch, manifest))
-        states = {layer: shown.hidden.pop(layer) for layer in manifest.hidden}
+        lengths = [entry.tokens for entry in entries]
+        states = {
+            layer: _by_record(shown.hidden.pop(layer), batch, lengths) for layer in manifest.hidden
+        }
         counts = [entry.targets for entry in entries]
         dtypes = (torch.int32, torch.bfloat16, torch.float32)
         ids, log_p, log_rest = (
@@ -134,11 +137,18 @@ def _answers(
         )
         for row, entry in enumerate(entries):
             hidden = {
-                layer: state_BTD[row, : entry.tokens].to("cpu", torch.bfloat16)
-                for layer, state_BTD in states.items()
+                layer: of_records[row].to("cpu", torch.bfloat16)
+                for layer, of_records in states.items()
             }
             yield Answer(entry.key, ids[row], log_p[row], log_rest[row], hidden, entry.tokens)
         advance()
+
+
+def _by_record(state_BTD: Tensor, batch: Batch, lengths: list[int]) -> Sequence[Tensor]:
+    """(T, D) each, of real tokens."""
+    if state_BTD.shape[:2] != batch.input_ids_BT.shape:
+        return state_BTD[0].split(lengths)
+    return [state_TD[:length] for state_TD, length in zip(state_BTD, lengths, strict=True)]
 
 
 def _at_head(

@@ -56,6 +56,8 @@ def offline_step(
     denominators: dict[str, float],
 ) -> Losses:
     """The same from what the teacher has said before."""
+    if not student.model.without_padding:
+        batch = batch.with_padding()
     shown_by_teacher = cache.shown(batch, objectives.needs_of_teacher)
     with student.capture(objectives.needs_of_student) as shown_by_student:
         at_head = objectives.at_head(batch, denominators, top=shown_by_teacher.top)

@@ -55,7 +55,9 @@ def seen(model: CausalModel, batch: Batch) -> tuple[Tensor, Shown]:
 
 
 def real(x: Tensor, batch: Batch) -> Tensor:
-    """Of (B, T, ...) the real tokens; of (B, H, T, D) likewise."""
+    """Of (B, T, ...) the real tokens; of (B, H, T, D) likewise; (1, N, ...) has no others."""
+    if x.shape[:2] == (1, sum(LENGTHS)):
+        return x[0]
     if x.dim() == 4:
         x = x.transpose(1, 2)
     return x[batch.token_mask_BT]
@@ -136,7 +138,12 @@ def test_what_runs_again_on_the_teachers_inputs_is_the_same() -> None:
     needs = Needs(fed=frozenset({(1, key)}), again=frozenset({(1, "student"), (1, "teacher")}))
     found = []
     for made in (batch.with_padding(), batch):
-        with capture(model.model, model.family, needs, replay) as shown:
+        given = (
+            replay
+            if made.tokens_N is None
+            else {p: real(x, batch)[None] for p, x in replay.items()}
+        )
+        with capture(model.model, model.family, needs, given) as shown:
             model(made)
         found.append([*shown.fed.values(), *shown.again.values()])
     assert len(found[0]) == 3
