@@ -121,7 +121,8 @@ None outside of `keeping_less`.
 @contextmanager
 def keeping_less() -> Iterator[None]:
     """Inside it, what a forward keeps for its backward is less. Not for a forward whose gradient is
-    to be differentiated again: what is made again has no history of its own.
+    to be differentiated again: what is made again has no history of its own. Not for one with
+    checkpointed layers either: what they run again would have to be inside as well.
     """
     global _notes
     outer, _notes = _notes, {}

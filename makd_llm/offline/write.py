@@ -147,7 +147,7 @@ def _answers(
 def _by_record(state_BTD: Tensor, batch: Batch, lengths: list[int]) -> Sequence[Tensor]:
     """(T, D) each, of real tokens."""
     if state_BTD.shape[:2] != batch.input_ids_BT.shape:
-        return state_BTD[0].split(lengths)
+        return list(state_BTD[0].split(lengths))
     return [state_TD[:length] for state_TD, length in zip(state_BTD, lengths, strict=True)]
 
 

@@ -7,7 +7,7 @@ without autograd; nothing can give it a gradient.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -93,6 +93,8 @@ class Trained:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         self.model = model
+        # What a checkpointed layer runs again in the backward has to keep what its forward did.
+        self._keeping = nullcontext if gradient_checkpointing else keeping_less
         with monitors.starting():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -114,7 +116,7 @@ class Trained:
         """What `at_head` returns, called where the output weight is whole. shown: of the capture
         around this call, to be projected where the model has projections.
         """
-        with keeping_less():
+        with self._keeping():
             return self.engine(batch, at_head, shown=shown)
 
     def capture(
