@@ -12,6 +12,10 @@ from makd_llm.evaluation.significance import adjusted
 LEVEL = 0.05
 METRIC = "rougeLsum"
 PER_TOKEN = "nats_per_token"
+WORDS = {
+    METRIC: ("ROUGE-Lsum", "{:+.2f}"),
+    PER_TOKEN: ("nats per token, less is better", "{:+.3f}"),
+}
 FULL = "makd"
 ORDERS = {
     "Of the levels by themselves": ("makd-matrix", "makd-layer", "makd-model"),
@@ -42,7 +46,7 @@ def _of_keep(found: Mapping[str, Any], keep: float) -> list[str]:
     return [
         _scale(there, learning, keep),
         _best(learning),
-        *(_against(learning, name) for name in references),
+        *(_against(learning, name, metric) for name in references for metric in WORDS),
         *(_full_method(learning, name) for name in references if FULL in learning),
         *(_order(learning, names, words) for words, names in ORDERS.items()),
     ]
@@ -86,23 +90,26 @@ def _tests(
     return {n: (t["difference"], p) for (n, t), p in zip(tests.items(), p_values, strict=True)}
 
 
-def _against(learning: Groups, reference: str) -> str:
+def _against(learning: Groups, reference: str, metric: str) -> str:
     """Which rows differ from the reference once the number of tests is accounted for."""
-    tests = _tests(learning, reference)
+    tests = _tests(learning, reference, metric)
+    if not tests:
+        return ""
+    words, form = WORDS[metric]
     sides = {
         "above": [n for n, (d, p) in tests.items() if p < LEVEL and d > 0],
         "below": [n for n, (d, p) in tests.items() if p < LEVEL and d < 0],
     }
     said = []
     for side, names in sides.items():
-        those = [f"{learning[name]['label']} ({tests[name][0]:+.2f})" for name in names]
+        those = [f"{learning[name]['label']} ({form.format(tests[name][0])})" for name in names]
         if those:
             said.append(f"{_listed(those)} {'is' if len(those) == 1 else 'are'} {side} it")
     rest = len(tests) - sum(len(names) for names in sides.values())
     if rest:
         said.append(f"{rest} do not differ" if said else "no row differs")
     return (
-        f"Against {_label(learning, reference)} in ROUGE-Lsum ({_counted(len(tests), 'test')}, "
+        f"Against {_label(learning, reference)} in {words} ({_counted(len(tests), 'test')}, "
         f"adjusted), {_listed(said)}."
     )
 

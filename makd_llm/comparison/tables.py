@@ -120,9 +120,9 @@ def _title(found: Values, keep: float) -> str:
 def _legend(found: Values) -> str:
     settings = found["settings"]
     return (
-        f"In brackets: {settings['intervals']}. Above another row: difference of ROUGE-Lsum, and p "
-        f"({settings['p']}; not adjusted for the number of tests). Seconds and memory are of the "
-        "distil stage."
+        f"In brackets: {settings['intervals']}. Above another row: difference of ROUGE-Lsum and p, "
+        f"and of nats per token (less is better) and p ({settings['p']}; not adjusted for the "
+        "number of tests). Seconds and memory are of the distil stage."
     )
 
 
@@ -174,8 +174,11 @@ def _interval(value: Values | None) -> str:
 def _difference(value: Values | None) -> str:
     if value is None:
         return ""
-    found = value["rougeLsum"]
-    return f"{found['difference']:+.2f}, p {_p_in_words(found['p'])}"
+    found, per_token = value["rougeLsum"], value.get("nats_per_token")
+    said = f"{found['difference']:+.2f}, p {_p_in_words(found['p'])}"
+    if per_token is None:
+        return said
+    return f"{said}; {per_token['difference']:+.3f} nats, p {_p_in_words(per_token['p'])}"
 
 
 def _p_in_words(p: float) -> str:

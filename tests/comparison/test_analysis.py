@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from makd_llm.comparison.analysis import analysis_of
+from makd_llm.comparison.tables import as_markdown
 from makd_llm.comparison.tables import as_csv, as_markdown, show_comparison
 
 Found = dict[str, Any]
@@ -168,3 +169,14 @@ def test_the_tables_count_the_seeds_that_failed(found: Found) -> None:
     found["rows"] += [{**found["rows"][4], "seed": seed, "state": "failed"} for seed in (1, 2)]
     assert "| makd | 1 (2 failed) |" in as_markdown(found)
     assert "| makd-flat | 1 |" in as_markdown(found)
+
+
+def test_nats_per_token_have_a_sentence_and_a_place_in_the_table(found: Found) -> None:
+    for name, difference, p in (("makd", -0.031, 0.0004), ("makd-flat", 0.002, 0.7)):
+        test = {"difference": difference, "low": -0.1, "high": 0.1, "p": p}
+        of(found, name)["against"]["kd"]["nats_per_token"] = test
+    assert (
+        "Against kd in nats per token, less is better (2 tests, adjusted), makd (-0.031) is below "
+        "it and 1 do not differ." in analysis_of(found)
+    )
+    assert "-0.031 nats, p <.001 |" in as_markdown(found)
