@@ -17,7 +17,7 @@ from makd_llm.testing.training import Parts, factorized, parts, run_loop, sizes
 pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 6, 3
-STAGES = (1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 def trained(made: Parts, run_dir: Path, said: list[str] | None = None) -> dict[str, Any]:
