@@ -95,6 +95,7 @@ def why_not(name: str) -> str | None:
 _OFFLOADED = ("offload_optimizer", "offload_param")
 
 
+@pytest.mark.timeout(COMPILING_SECONDS + 60)
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "zero3.json"])
 def test_a_shipped_config_trains_as_zero3_does(
     tiny: Path, under_zero3: list[float], name: str
