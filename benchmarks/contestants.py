@@ -3,7 +3,8 @@
 All read the same two folders, see the same batch, and learn the same thing: forward KL(teacher,
 student) at temperature 1, over the summary's tokens, divided by their number. `makd` learns more
 beside it, and `kd` cross-entropy; each reports its KL, and peers.py holds them against each other.
-AdamW, gradients clipped at 1, SDPA and no gradient checkpointing for all.
+AdamW, gradients clipped at 1 and SDPA for all. Without gradient checkpointing but for the two that
+are named so: TRL has it on unless told otherwise, ours off.
 
 - TRL's DistillationTrainer with beta 0: its `training_step`, given the texts that it would have the
   student write. Prompts are padded on the left and summaries on the right; the heads' products run
@@ -87,11 +88,12 @@ class Contestant(Protocol):
 class Ours:
     """A preset of this project's."""
 
-    def __init__(self, preset: str, setting: Setting) -> None:
+    def __init__(self, preset: str, setting: Setting, *, checkpointed: bool = False) -> None:
         distributed.quiet()
         distributed.init()
         config = setting.deepspeed
-        self.trained = Trained(load_sharded(setting.student, config, setting.dtype), config)
+        student = load_sharded(setting.student, config, setting.dtype)
+        self.trained = Trained(student, config, gradient_checkpointing=checkpointed)
         frozen = frozen_config(config, micro_batch_size=setting.records)
         self.frozen = Frozen(load_sharded(setting.teacher, frozen, setting.dtype), frozen)
         self.student, self.teacher = self.trained.model.model, self.frozen.model.model
@@ -178,7 +180,7 @@ class OfTRL:
         self.model.zero_grad()
 
 
-def trl_distillation(setting: Setting) -> OfTRL:
+def trl_distillation(setting: Setting, *, checkpointed: bool = False) -> OfTRL:
     """TRL's DistillationTrainer, which takes given texts in place of the student's."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -188,6 +190,8 @@ def trl_distillation(setting: Setting) -> OfTRL:
             return generation_batch
 
     teacher, student = models(setting)
+    if checkpointed:  # as `Trainer.train` would
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = Given(
         model=student,
         teacher_model=teacher,
@@ -280,4 +284,6 @@ CONTESTANTS: dict[str, Callable[[Setting], Contestant]] = {
     "transformers + torch": Plain,
     "makd_llm kd": partial(Ours, "kd"),
     "makd_llm makd": partial(Ours, "makd"),
+    f"{TRL}, checkpointed": partial(trl_distillation, checkpointed=True),
+    "makd_llm kd, checkpointed": partial(Ours, "kd", checkpointed=True),
 }

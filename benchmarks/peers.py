@@ -81,7 +81,7 @@ class Turn:
 def main(
     run: Annotated[Path, typer.Option(help="A finished run's folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of its config.")] = None,
-    ds: Annotated[Path, typer.Option(help="Ours.")] = CHECKOUT / "ds_configs" / "zero1.json",
+    ds: Annotated[Path, typer.Option(help="Ours.")] = CHECKOUT / "ds_configs" / "zero0_fp32.json",
     dtype: Literal["fp32", "bf16"] = "fp32",
     rounds: int = 6,
     steps: Annotated[int, typer.Option(help="That are timed in a turn.")] = 2,
