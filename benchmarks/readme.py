@@ -74,6 +74,69 @@ def _perplexity(value: float) -> str:
     return f"{value:,.1f}" if value < 1e5 else f"{value:.1e}"
 
 
+def comparison(rows: list[Row]) -> str:
+    """`makd compare`'s comparison.csv: every row over its seeds, a table for each keep ratio."""
+    groups = {
+        (row["keep_ratio"], row["name"]): row
+        for row in rows
+        if row["perplexity"] or row["rouge1.value"]
+    }
+    keeps = sorted({keep for keep, _ in groups} - {""}, key=float, reverse=True)
+    references = [n for n in ("kd", "tinybert") if any(_against(g, n) for g in groups.values())]
+    labels = {name: group["label"] for (_, name), group in groups.items()}
+    heads = ["row", "seeds", "parameters", "tokens", "seconds", "peak MB", "perplexity"]
+    heads += ["ROUGE-1", "ROUGE-2", "ROUGE-Lsum", "of teacher's"]
+    heads += [f"above {labels[name]}" for name in references]
+    tables = []
+    for keep in keeps:
+        lines = [
+            f"keep {float(keep):g}:",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+        ]
+        for (ratio, _), group in groups.items():
+            if ratio in ("", keep):
+                cells = [*_measured(group), *(_against(group, name) for name in references)]
+                lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _measured(group: Row) -> list[str]:
+    def shown(name: str, form: str, scale: float = 1.0) -> str:
+        return form.format(float(group[name]) * scale) if group[name] else ""
+
+    low, high = shown("rougeLsum.low", "{:.1f}"), shown("rougeLsum.high", "{:.1f}")
+    return [
+        group["label"],
+        str(len(group["seeds"].split()) or ""),
+        shown("parameters", "{:.2f} M", 1e-6),
+        shown("tokens", "{:,.0f}"),
+        shown("seconds", "{:,.0f}"),
+        shown("peak_memory_MB", "{:,.0f}"),
+        shown("perplexity", "{:.2f}"),
+        shown("rouge1.value", "{:.2f}"),
+        shown("rouge2.value", "{:.2f}"),
+        f"{shown('rougeLsum.value', '{:.2f}')} ({low} to {high})",
+        shown("share_of_teacher.rougeLsum", "{:.1%}"),
+    ]
+
+
+def _against(group: Row, name: str) -> str:
+    said = []
+    for metric, form, unit in (
+        ("rougeLsum", "{:+.2f}", ""),
+        ("nats_per_token", "{:+.3f}", " nats"),
+    ):
+        difference = group.get(f"against.{name}.{metric}.difference")
+        if difference:
+            p = float(group[f"against.{name}.{metric}.p"])
+            shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+            said.append(f"{form.format(float(difference))}{unit}, p {shown}")
+    return "; ".join(said)
+
+
 def columns(of: dict[str, str], said: str = "medians") -> Callable[[list[Row]], str]:
     """A table of some columns, under their headings. said: of all figures, below it."""
     return lambda rows: _plain(rows, of, said)
@@ -130,6 +193,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
             }
         ),
     ),
+    "compare": ("compare_dialogsum_cpu.csv", comparison),
     "peers": (
         "peers_cpu.csv",
         columns(
