@@ -66,6 +66,7 @@ class DataConfig(Section):
     max_prompt_length: Positive | None = None
     """Of the prompt alone, where every summary is to see the same cut; null: what remains."""
     padding_side: Literal["left", "right"] = "right"
+    """Padding on the right is left out of the computation; on the left it is computed."""
     on_bad_record: Literal["error", "skip"] = "error"
     streaming: bool = False
     shuffle_buffer: Positive = 1024
