@@ -10,6 +10,7 @@ from makd_llm.cluster.machines import MACHINES
 from makd_llm.cluster.memory import memory_of
 from makd_llm.cluster.plan import advice, fits, largest_batch, plan, scaled
 from makd_llm.cluster.timing import timing_of
+from makd_llm.errors import UserError
 from makd_llm.planning import build_job
 
 DS = Path(__file__).parents[2] / "ds_configs"
@@ -101,8 +102,16 @@ def test_speed_grows_with_the_machines(job: Job) -> None:
     assert speeds == sorted(speeds)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DS.glob("*.json")))
-def test_every_shipped_config_is_planned(name: str, large: Path) -> None:
+SHARDED = sorted(path.name for path in DS.glob("*.json") if path.name != "zero0_fp32.json")
+
+
+def test_one_that_shards_nothing_is_refused(large: Path) -> None:
+    with pytest.raises(UserError, match=r"zero0_fp32\.json: ZeRO stage 0 is not planned"):
+        build_job(large, DS / "zero0_fp32.json", nodes=1, batch=16, gpus=1)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_every_config_that_shards_is_planned(name: str, large: Path) -> None:
     found, _ = build_job(large, DS / name, nodes=2, batch=16, gpus=8)
     assert memory_of(found).peak > 0
     assert timing_of(found, H100).seconds > 0
