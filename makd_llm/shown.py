@@ -81,7 +81,7 @@ class TopTokens:
 @dataclass
 class Shown:
     """What one forward pass showed. Of a model that ran without padding, (1, N, ...) stands for (B,
-    T, ...) in everything that is of one token at a time: the real tokens, record after record.
+    T, ...) everywhere, and (1, H, N, D) for (B, H, T, D): the real tokens, record after record.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Shown:
     fed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Matrix outputs (B, T, M) for the teacher's inputs."""
     plain: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """Matrix outputs (B, T, M), as they are and with their padding: of tokens among each other."""
+    """Matrix outputs (B, T, M), as they are."""
     layer_input: dict[int, Tensor] = field(default_factory=dict)
     """(B, T, D)."""
     again: dict[tuple[int, str], Tensor] = field(default_factory=dict)

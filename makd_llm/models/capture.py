@@ -18,12 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from makd_llm.models.families import Family, Matrix, part_of
-from makd_llm.models.unpadded import (
-    as_places,
-    attention_by_record,
-    heads_with_padding,
-    with_padding,
-)
+from makd_llm.models.unpadded import as_places, attention_by_record
 from makd_llm.shown import LAYER, AttentionShown, Needs, Shown
 
 CAPTURING_SDPA = "makd_sdpa"
@@ -42,12 +37,9 @@ def _capturing_sdpa(
     recorder: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = getattr(
         module, _RECORDER, None
     )
-    places = as_places(attention_mask)
     if recorder is not None:
-        if places is None:
-            recorder(query, key, kwargs)
-        else:
-            recorder(heads_with_padding(query, places), heads_with_padding(key, places), kwargs)
+        recorder(query, key, kwargs)
+    places = as_places(attention_mask)
     if places is not None:
         return attention_by_record(module, query, key, value, places, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -198,26 +190,18 @@ class _Part:
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config = config
         self._rows: tuple[int, ...] = ()
-        self._places: Tensor | None = None
         self.again = False
         """Whether something runs again, in which nothing is to be captured."""
 
     def note_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """(B, T) of the forward that begins: OPT's feed-forward works on (B T, ...). Without
-        padding, (1, N).
-        """
+        """(B, T) of the forward that begins, or (1, N): OPT's feed-forward works on (B T, ...)."""
         self._rows = tuple((args[0] if args else kwargs["input_ids"]).shape[:2])
-        self._places = as_places(kwargs.get("attention_mask"))
 
     def of_output(self, matrix: Matrix, output: Tensor) -> Tensor:
         return self.of_input(part_of(self._config, matrix, output))
 
     def of_input(self, x: Tensor) -> Tensor:
         return x.view(*self._rows, -1) if x.dim() == 2 else x
-
-    def padded(self, x: Tensor) -> Tensor:
-        """(B, T, ...), also where the model runs without padding."""
-        return x if self._places is None else with_padding(x, self._places)
 
 
 def _matrix_hook(
@@ -233,7 +217,7 @@ def _matrix_hook(
                 if needs.matrix_input:
                     shown.matrix_input[key] = part.of_input(args[0])
             if key in needs.plain:
-                shown.plain[key] = part.padded(part.of_output(matrix, output))
+                shown.plain[key] = part.of_output(matrix, output)
 
     return hook
 

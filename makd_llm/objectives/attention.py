@@ -6,6 +6,8 @@ L_attn = sum over layers of (1/H) sum_h sum_t KL(A_T || A_S), from post-rotary q
 # B batch, T tokens, H query heads
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,23 +39,13 @@ def attention_divergence(
         raise ValueError(
             f"attention windows differ: student {student.window}, teacher {teacher.window}"
         )
-    lengths = masks.lengths()
-    if lengths is not None:
-        parts = zip(_by_record(student, lengths), _by_record(teacher, lengths), strict=True)
+    parts = _by_record(student, teacher, masks)
+    if parts is not None:
+        settings: dict[str, Any] = {"divergence": divergence, "beta": beta, "impl": impl}
         return torch.stack(
-            [
-                attention_divergence(
-                    ours,
-                    theirs,
-                    masks.of_record(row, lengths[row]),
-                    heads=heads,
-                    divergence=divergence,
-                    beta=beta,
-                    impl=impl,
-                )
-                for row, (ours, theirs) in enumerate(parts)
-            ]
+            [attention_divergence(*part, heads=heads, **settings) for part in parts]
         ).sum()
+    student, teacher = _padded(student, masks), _padded(teacher, masks)
     exact = torch.promote_types(student.query_BHTD.dtype, torch.float32)
     weights_BT = masks.tokens_BT.to(exact) / student.query_BHTD.shape[1]
     if divergence == "logit_mse":
@@ -76,10 +68,27 @@ def attention_divergence(
     return found.loss
 
 
-def _by_record(shown: AttentionShown, lengths: Sequence[int]) -> list[AttentionShown]:
-    """Each record's own queries and keys, without padding."""
-    rows = zip(lengths, shown.query_BHTD.split(1), shown.key_BGTD.split(1), strict=True)
-    return [
-        AttentionShown(query[:, :, :length], key[:, :, :length], shown.scale, shown.window)
-        for length, query, key in rows
-    ]
+def _by_record(
+    student: AttentionShown, teacher: AttentionShown, masks: Masks
+) -> list[tuple[AttentionShown, AttentionShown, Masks]] | None:
+    """Each record by itself, where that is the better way."""
+    sides = []
+    for shown in (student, teacher):
+        tensors = (shown.query_BHTD, shown.key_BGTD)
+        cut = [masks.by_record(x.transpose(1, 2)) for x in tensors]
+        if cut[0] is None or cut[1] is None:
+            return None
+        sides.append(
+            [
+                replace(shown, query_BHTD=query.transpose(1, 2), key_BGTD=key.transpose(1, 2))
+                for query, key in zip(cut[0], cut[1], strict=True)
+            ]
+        )
+    return list(zip(*sides, masks.of_records(), strict=True))
+
+
+def _padded(shown: AttentionShown, masks: Masks) -> AttentionShown:
+    query, key = (
+        masks.padded(x.transpose(1, 2)).transpose(1, 2) for x in (shown.query_BHTD, shown.key_BGTD)
+    )
+    return replace(shown, query_BHTD=query, key_BGTD=key)

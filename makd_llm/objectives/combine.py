@@ -237,7 +237,7 @@ class Objectives:
         """
         at_head, sums = at_output[0], dict(at_output[1])
         parts: list[Tensor] = []
-        masks = Masks(batch.token_mask_BT, batch.key_mask_BT)
+        masks = Masks(batch.token_mask_BT, batch.key_mask_BT, batch.tokens_N)
         active = self.active
         pairs = [pair for term in active.values() for pair in term.pairs]
         left: tuple[Counter[Place | None], ...] = tuple(

@@ -9,11 +9,13 @@ from torch import Tensor
 
 class Masks(NamedTuple):
     """tokens_BT: True where a token is real, and counts. keys_BT: what attention has to be told, as
-    `Batch.key_mask_BT`.
+    `Batch.key_mask_BT`. tokens_N: the real tokens' places, as `Batch.tokens_N`: what is compared
+    may be of these alone, (1, N, ...).
     """
 
     tokens_BT: Tensor
     keys_BT: Tensor | None = None
+    tokens_N: Tensor | None = None
 
     def summed(self, values_BT: Tensor) -> Tensor:
         """Over the tokens that count; of (1, N), which has no others, over all."""
@@ -21,18 +23,30 @@ class Masks(NamedTuple):
             return values_BT.sum()
         return torch.where(self.tokens_BT, values_BT, 0.0).sum()
 
-    def lengths(self) -> list[int] | None:
-        """How many tokens each record has, where it pays to go through attention record by record:
-        on a CPU, which knows it without waiting, and only if some are padded (on the right).
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, T, ...) of that or of (1, N, ...), with zeros where there is no token."""
+        if x.shape[:2] == self.tokens_BT.shape:
+            return x
+        assert self.tokens_N is not None
+        flat = x.new_zeros(self.tokens_BT.numel(), *x.shape[2:])
+        padded: Tensor = flat.index_copy(0, self.tokens_N, x[0])
+        return padded.view(*self.tokens_BT.shape, *x.shape[2:])
+
+    def by_record(self, x: Tensor) -> list[Tensor] | None:
+        """(1, T, ...) of every record, T its own tokens, of (B, T, ...) or (1, N, ...); None where
+        records rather stay together. Apart they are on a CPU, which knows their lengths without
+        waiting, if some are padded (on the right).
         """
         if not self.tokens_BT.is_cpu or self.keys_BT is not None or bool(self.tokens_BT.all()):
             return None
-        found: list[int] = self.tokens_BT.sum(1).tolist()
-        return found
+        lengths: list[int] = self.tokens_BT.sum(1).tolist()
+        if x.shape[:2] != self.tokens_BT.shape:
+            return list(x.split(lengths, dim=1))
+        return [row[:, :length] for row, length in zip(x.split(1), lengths, strict=True)]
 
-    def of_record(self, row: int, length: int) -> "Masks":
-        """Of one record's tokens."""
-        return Masks(self.tokens_BT[row : row + 1, :length])
+    def of_records(self) -> list["Masks"]:
+        """Of each record by itself: all of its tokens count."""
+        return [Masks(row[row][None]) for row in self.tokens_BT]
 
     def seen_by(self, window: int | None) -> Tensor:
         """How many keys each token sees, itself among them, (B, T) int64: at least 1. window: the

@@ -30,21 +30,13 @@ def relation_divergence(
     for who, width in (("student", student_BTM.shape[-1]), ("teacher", teacher_BTN.shape[-1])):
         if width % heads:
             raise ValueError(f"{heads} relation heads do not divide the {who}'s width {width}")
-    lengths = masks.lengths()
-    if lengths is not None:
-        rows = zip(student_BTM.split(1), teacher_BTN.split(1), strict=True)
+    ours, theirs = masks.by_record(student_BTM), masks.by_record(teacher_BTN)
+    if ours is not None and theirs is not None:
+        parts = zip(ours, theirs, masks.of_records(), strict=True)
         return torch.stack(
-            [
-                relation_divergence(
-                    ours[:, : lengths[row]],
-                    theirs[:, : lengths[row]],
-                    masks.of_record(row, lengths[row]),
-                    heads=heads,
-                    impl=impl,
-                )
-                for row, (ours, theirs) in enumerate(rows)
-            ]
+            [relation_divergence(*part, heads=heads, impl=impl) for part in parts]
         ).sum()
+    student_BTM, teacher_BTN = masks.padded(student_BTM), masks.padded(teacher_BTN)
     ours_BATD = _split(student_BTM, heads)
     theirs_BATD = _split(teacher_BTN.detach(), heads)
     return attention_kl_loss(

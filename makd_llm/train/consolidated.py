@@ -4,6 +4,7 @@ and generation is then an ordinary one of this rank alone, with a KV cache and n
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ class Consolidated:
 
     def _copied(self) -> PreTrainedModel:
         trained = self._model.model
+        config = deepcopy(trained.config)  # which attention it runs with is written into it
         with no_init_weights():
-            copy = model_class_for(trained.config)._from_config(
-                trained.config, dtype=self._dtype, attn_implementation="sdpa"
+            copy = model_class_for(config)._from_config(
+                config, dtype=self._dtype, attn_implementation="sdpa"
             )
         copy.tie_weights()
         own: dict[str, nn.Parameter] = dict(copy.named_parameters())

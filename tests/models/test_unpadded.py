@@ -56,11 +56,9 @@ def seen(model: CausalModel, batch: Batch) -> tuple[Tensor, Shown]:
 
 def real(x: Tensor, batch: Batch) -> Tensor:
     """Of (B, T, ...) the real tokens; of (B, H, T, D) likewise; (1, N, ...) has no others."""
-    if x.shape[:2] == (1, sum(LENGTHS)):
-        return x[0]
     if x.dim() == 4:
         x = x.transpose(1, 2)
-    return x[batch.token_mask_BT]
+    return x[0] if x.shape[:2] == (1, sum(LENGTHS)) else x[batch.token_mask_BT]
 
 
 @pytest.mark.parametrize("devices", [frozenset({"cpu"}), frozenset()], ids=["records", "rows"])

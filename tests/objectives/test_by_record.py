@@ -55,11 +55,10 @@ CASES: dict[str, Callable[[list[Tensor], Masks], Tensor]] = {
 def test_values_and_gradients_are_those_of_padded_rows(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Masks(tokens_BT()).lengths() == list(LENGTHS)
     found = []
     for by_record in (True, False):
         if not by_record:
-            monkeypatch.setattr(Masks, "lengths", lambda masks: None)
+            monkeypatch.setattr(Masks, "by_record", lambda masks, x: None)
         leaves = [numbers(4, h, 9, 8, seed=9).requires_grad_() for h in (4, 2)]
         value = CASES[name](leaves, Masks(tokens_BT()))
         slopes = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -69,6 +68,32 @@ def test_values_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("by_record", [True, False])
+def test_real_tokens_alone_are_compared_as_padded_rows(
+    by_record: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_record:
+        monkeypatch.setattr(Masks, "by_record", lambda masks, x: None)
+    real = tokens_BT()
+    masks = Masks(real, None, real.flatten().nonzero().flatten())
+    ours, theirs = (
+        [numbers(4, heads, 9, 8, seed=seed + heads) for heads in (4, 2)] for seed in (1, 5)
+    )
+    values = []
+    for alone in (False, True):
+        shown = [
+            [x.transpose(1, 2)[real][None].transpose(1, 2) if alone else x for x in side]
+            for side in (ours, theirs)
+        ]
+        values.append(
+            attention_divergence(*(AttentionShown(*side, None, None) for side in shown), masks)
+        )
+        flat = [side[0].transpose(1, 2).flatten(2) for side in shown]
+        values.append(relation_divergence(*flat, masks, heads=4))
+    torch.testing.assert_close(values[:2], values[2:], rtol=1e-9, atol=1e-12)
+
+
 def test_records_of_one_length_and_padding_on_the_left_stay_together() -> None:
-    assert Masks(torch.ones(2, 4, dtype=torch.bool)).lengths() is None
-    assert Masks(tokens_BT().flip(1), tokens_BT().flip(1)).lengths() is None
+    assert Masks(torch.ones(2, 4, dtype=torch.bool)).by_record(torch.ones(2, 4)) is None
+    left = tokens_BT().flip(1)
+    assert Masks(left, left).by_record(torch.ones(4, 9)) is None
