@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from makd_llm.train.metrics import Metrics
+
+
+@pytest.fixture(autouse=True)
+def first_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads the files of one second by the number of their writer in its process, as
+    text: the tenth before the ninth. A resumed run is another process, and a later second.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def write(run_dir: Path, start: int, stop: int, loss: float, stage: str = "distil") -> None:
