@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from makd_llm.evaluation.significance import p_in_words
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
@@ -131,9 +133,8 @@ def _against(group: Row, name: str) -> str:
     ):
         difference = group.get(f"against.{name}.{metric}.difference")
         if difference:
-            p = float(group[f"against.{name}.{metric}.p"])
-            shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
-            said.append(f"{form.format(float(difference))}{unit}, p {shown}")
+            p = p_in_words(float(group[f"against.{name}.{metric}.p"]))
+            said.append(f"{form.format(float(difference))}{unit}, {p}")
     return "; ".join(said)
 
 

@@ -7,7 +7,7 @@ A difference counts where its p, adjusted for all tests against the same row at 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from makd_llm.evaluation.significance import adjusted
+from makd_llm.evaluation.significance import adjusted, p_in_words
 
 LEVEL = 0.05
 METRIC = "rougeLsum"
@@ -130,13 +130,14 @@ def _full_method(learning: Groups, reference: str) -> str:
     )
     if PER_TOKEN in full["against"][reference]:
         _, p_of_it = _tests(learning, reference, PER_TOKEN)[FULL]
-        perplexity += f" (adjusted p {p_of_it:.3f})"
+        perplexity += f" (adjusted {p_in_words(p_of_it)})"
     seconds = ""
     if other and other["seconds"]:
         seconds = f", in {full['seconds'] / other['seconds']:.2f} times the seconds"
     return (
         f"{full['label']} is {difference:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, "
-        f"adjusted p {p:.3f}) from {_label(learning, reference)}: {verdict}{perplexity}{seconds}."
+        f"adjusted {p_in_words(p)}) from {_label(learning, reference)}: {verdict}{perplexity}"
+        f"{seconds}."
     )
 
 

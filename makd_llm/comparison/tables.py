@@ -10,6 +10,7 @@ from rich.table import Table
 
 from makd_llm.comparison.grid import Grid
 from makd_llm.config.objectives import ObjectiveConfig
+from makd_llm.evaluation.significance import p_in_words
 
 WIDTH = 170
 """Of the printed table where nobody looks (a file, a pipe)."""
@@ -175,15 +176,10 @@ def _difference(value: Values | None) -> str:
     if value is None:
         return ""
     found, per_token = value["rougeLsum"], value.get("nats_per_token")
-    said = f"{found['difference']:+.2f}, p {_p_in_words(found['p'])}"
+    said = f"{found['difference']:+.2f}, {p_in_words(found['p'])}"
     if per_token is None:
         return said
-    return f"{said}; {per_token['difference']:+.3f} nats, p {_p_in_words(per_token['p'])}"
-
-
-def _p_in_words(p: float) -> str:
-    """A p-value as a table says it."""
-    return "<.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return f"{said}; {per_token['difference']:+.3f} nats, {p_in_words(per_token['p'])}"
 
 
 def _escaped(cells: Sequence[str]) -> list[str]:

@@ -94,6 +94,11 @@ def adjusted(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in found]
 
 
+def p_in_words(p: float) -> str:
+    """A p-value as tables and sentences say it."""
+    return "p <.001" if p < 0.001 else f"p {p:.3f}"
+
+
 def _draws(scores_SN: Scores) -> Scores:
     """(B,): means of resampled documents, and seeds."""
     seeds, documents = scores_SN.shape

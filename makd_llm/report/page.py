@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import makd_llm
+from makd_llm.evaluation.significance import p_in_words
 from makd_llm.files import write_whole
 from makd_llm.redaction import HIDDEN, names_a_secret, without_secrets
 from makd_llm.report import panels
@@ -144,7 +145,7 @@ def _environment() -> Environment:
         "percent": _unless_none(lambda value: f"{value:.1%}"),
         "whole": _unless_none(lambda value: f"{value:,.0f}"),
         "signed": _unless_none(lambda value: f"{value:+.2f}"),
-        "p_value": _unless_none(lambda p: "p <.001" if p < 0.001 else f"p {p:.3f}"),
+        "p_value": _unless_none(p_in_words),
     }
     return environment
 

@@ -132,6 +132,9 @@ def test_the_perplexity_is_tested_where_it_was_measured_by_document(found: Found
         test = {"difference": -0.1, "low": -0.2, "high": -0.05, "p": p}
         of(found, name)["against"]["kd"]["nats_per_token"] = test
     assert "perplexity 11.75 against 12.50 (adjusted p 0.020), in 1.25" in analysis_of(found)
+    for name in ("makd", "makd-flat"):
+        of(found, name)["against"]["kd"]["nats_per_token"]["p"] = 1e-4
+    assert "perplexity 11.75 against 12.50 (adjusted p <.001), in 1.25" in analysis_of(found)
 
 
 def test_what_is_missing_or_unfair_is_said(found: Found) -> None:
@@ -151,7 +154,7 @@ def test_the_tables_hold_every_number(found: Found, capsys: pytest.CaptureFixtur
     markdown = as_markdown(found)
     line = next(line for line in markdown.splitlines() if line.startswith("| makd |"))
     cells = ["makd", "1", "81.42 M", "59,000", "125", "4,393", "11.75", "31.75", "31.75"]
-    cells += ["31.75 (30.5-33.0)", "88.2%", "+1.50, p 0.004", "+2.50, p 0.20"]
+    cells += ["31.75 (30.5-33.0)", "88.2%", "+1.50, p 0.004", "+2.50, p 0.200"]
     assert line == f"| {' | '.join(cells)} |"
     shown = next(line for line in printed.splitlines() if re.match(r"│ makd +│", line))
     assert [cell.strip() for cell in shown.strip("│").split("│")] == cells
