@@ -1,4 +1,4 @@
-"""The paragraph under the table: every number in it is read from the table, and nothing else is.
+"""The text under the table: every number in it is read from the table, and nothing else is.
 
 A difference counts where its p, adjusted for all tests against the same row at one keep ratio
 (Benjamini and Hochberg), is below 0.05.
@@ -26,14 +26,16 @@ Groups = Mapping[str, Group]
 
 
 def analysis_of(found: Mapping[str, Any]) -> str:
-    """The paragraph, from `groups`, `rows` and `equal_tokens` of comparison.json alone."""
+    """A paragraph for each keep ratio and one of what is missing, with a blank line between, from
+    `groups`, `rows` and `equal_tokens` of comparison.json alone.
+    """
     keeps = dict.fromkeys(g["keep_ratio"] for g in found["groups"] if g["keep_ratio"] is not None)
-    said = [sentence for keep in keeps for sentence in _of_keep(found, keep)]
-    said = [sentence for sentence in said if sentence] or ["Nothing has been measured yet."]
-    return " ".join([*said, *_caveats(found)])
+    said = [_of_keep(found, keep) for keep in keeps]
+    said = [paragraph for paragraph in said if paragraph] or ["Nothing has been measured yet."]
+    return "\n\n".join(paragraph for paragraph in [*said, _caveats(found)] if paragraph)
 
 
-def _of_keep(found: Mapping[str, Any], keep: float) -> list[str]:
+def _of_keep(found: Mapping[str, Any], keep: float) -> str:
     there = {
         group["name"]: group
         for group in found["groups"]
@@ -41,15 +43,16 @@ def _of_keep(found: Mapping[str, Any], keep: float) -> list[str]:
     }
     learning = {name: group for name, group in there.items() if group["tokens"] is not None}
     if not learning:
-        return []
+        return ""
     references = [name for name in there if any(name in g["against"] for g in learning.values())]
-    return [
+    sentences = [
         _scale(there, learning, keep),
         _best(learning),
         *(_against(learning, name, metric) for name in references for metric in WORDS),
         *(_full_method(learning, name) for name in references if FULL in learning),
         *(_order(learning, names, words) for words, names in ORDERS.items()),
     ]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _scale(there: Groups, learning: Groups, keep: float) -> str:
@@ -153,7 +156,7 @@ def _order(learning: Groups, names: Sequence[str], words: str) -> str:
     return f"{words}, in order of ROUGE-Lsum: {_listed(lines)}."
 
 
-def _caveats(found: Mapping[str, Any]) -> list[str]:
+def _caveats(found: Mapping[str, Any]) -> str:
     """What keeps the table from being whole, or fair."""
     said = []
     if found["equal_tokens"]["equal"] is False:
@@ -166,7 +169,7 @@ def _caveats(found: Mapping[str, Any]) -> list[str]:
         said.append(f"{failed} of {rows} failed.")
     if waiting:
         said.append(f"{waiting} of {rows} {'is' if waiting == 1 else 'are'} not made yet.")
-    return said
+    return " ".join(said)
 
 
 def _label(learning: Groups, name: str) -> str:

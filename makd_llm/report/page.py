@@ -145,6 +145,7 @@ def _environment() -> Environment:
         "percent": _unless_none(lambda value: f"{value:.1%}"),
         "whole": _unless_none(lambda value: f"{value:,.0f}"),
         "signed": _unless_none(lambda value: f"{value:+.2f}"),
+        "nats": _unless_none(lambda value: f"{value:+.3f} nats"),
         "p_value": _unless_none(p_in_words),
     }
     return environment
