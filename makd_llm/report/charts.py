@@ -14,7 +14,6 @@ from statistics import fmean
 
 from makd_llm.report.palette import DASHES, LIGHT, STEPS
 
-WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 162
 MOST_POINTS = 160
 MOST_ROWS = 24
