@@ -57,7 +57,7 @@ from makd_llm.models.source import load_tokenizer
 from makd_llm.train.build import build_loader, build_prompts
 from makd_llm.train.deepspeed_config import read_deepspeed_config, training_config
 from measure import RESULTS, Rows, matmul_rate, peaks, say, where, write
-from training import CHECKOUT, random_rows
+from training import CHECKOUT, FinishedRun, RandomRows, Results, random_rows
 
 PARTS = ("teacher", "student", "loss", "backward", "optimizer")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,20 +79,18 @@ class Turn:
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="A finished run's folder.")],
+    run: FinishedRun,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of its config.")] = None,
     ds: Annotated[Path, typer.Option(help="Ours.")] = CHECKOUT / "ds_configs" / "zero0_fp32.json",
     dtype: Literal["fp32", "bf16"] = "fp32",
     rounds: int = 6,
     steps: Annotated[int, typer.Option(help="That are timed in a turn.")] = 2,
     records: int = 4,
-    length: Annotated[
-        int | None, typer.Option(help="Of rows of random tokens, a quarter of them to be learnt.")
-    ] = None,
+    length: RandomRows = None,
     only: Annotated[
         str | None, typer.Option(help="Names, with commas between; TRL is one in any case.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the table.")] = RESULTS,
+    results: Results = RESULTS,
 ) -> None:
     """Measures, prints a table, and writes peers_<device>.csv; rows of other batches stay."""
     if importlib.util.find_spec("trl") is None:

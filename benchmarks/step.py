@@ -47,7 +47,7 @@ from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.on_policy import OnPolicy
 from makd_llm.train.step import distill_step, finetune_step
 from measure import RESULTS, peaks, where, write
-from training import random_rows
+from training import FinishedRun, RandomRows, Results, random_rows
 
 SETS: dict[str, list[str]] = {
     # opdf trains another student: not the one that all others are timed on
@@ -70,16 +70,14 @@ WRITTEN_ROUNDS = 3
 
 def main(
     ds: Annotated[Path, typer.Option()],
-    run: Annotated[Path, typer.Option(help="A finished run's folder.")],
+    run: FinishedRun,
     rounds: int = 14,
     records: Annotated[int, typer.Option(help="Per rank and micro-batch.")] = 2,
-    length: Annotated[
-        int | None, typer.Option(help="Of rows of random tokens, a quarter of them to be learnt.")
-    ] = None,
+    length: RandomRows = None,
     sets: Annotated[
         str | None, typer.Option(help="Names, with commas between; kd is one of them in any case.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the table.")] = RESULTS,
+    results: Results = RESULTS,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Measures, prints a table, and writes step_<device>.csv."""

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import LlamaConfig
 
 from makd_llm import distributed
@@ -29,6 +30,13 @@ from makd_llm.train.engine import Frozen, Trained
 from makd_llm.train.step import distill_step
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+FinishedRun = Annotated[Path, typer.Option("--run", help="A finished run's folder.")]
+RandomRows = Annotated[
+    int | None,
+    typer.Option("--length", help="Of rows of random tokens, a quarter of them to be learnt."),
+]
+Results = Annotated[Path, typer.Option("--results", help="Folder of the table.")]
 
 # SmolLM2-135M's shape, a wider and shallower one with its own head, and one for baselines.
 MODELS: dict[str, dict[str, Any]] = {

@@ -215,9 +215,6 @@ def _job(
         raise UserError(f"--runner {runner}: not one of {', '.join(RUNNERS)}")
     if container and venv:
         raise UserError("--container and --venv: the Python is the container's own; name one")
-    for option in more.get("options", ()):
-        if (shown := without_secrets(option)) != option:
-            raise _secret(f"--sbatch={shown}")
     return Job(
         arguments,
         ranks=ranks or gpus or 1,

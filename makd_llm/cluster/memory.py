@@ -21,7 +21,6 @@ from makd_llm.cluster.activations import layer_keeps, layer_works, model_keeps
 from makd_llm.cluster.job import Job
 from makd_llm.cluster.sizes import Sizes
 
-MOMENTS = ("teacher", "student", "head", "backward", "reduction", "update")
 MASTER, MOMENTS_OF_ADAM = 4, 8
 """Bytes of a parameter's fp32 copy, and of its two fp32 moments."""
 

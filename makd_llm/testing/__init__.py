@@ -35,10 +35,6 @@ from makd_llm import distributed, operators
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-requires_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"
-)
-
 # A rank that outlives a failed one is most likely waiting for it.
 GRACE_SECONDS = 10.0
 DEFAULT_TIMEOUT_SECONDS = 240.0
