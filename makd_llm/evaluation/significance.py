@@ -1,12 +1,16 @@
 """How sure a mean over documents is, and a difference of two such means.
 
-An interval is a percentile bootstrap (Efron and Tibshirani 1993): documents drawn with replacement,
-10,000 times; where there are several seeds, seeds are drawn as well. A difference is one of paired
-documents: both systems wrote for the same ones. For one seed, its p is that of approximate
-randomization (Noreen 1989): under the null hypothesis a document's two scores may change places, so
-the signs of the differences are drawn at random, 10,000 times. For several seeds, it is that of the
-paired bootstrap over documents and seeds: twice the share of draws beyond zero (Berg-Kirkpatrick et
-al. 2012 discuss both). Everything is two-sided, and drawn from a fixed seed.
+Over documents an interval is a percentile bootstrap (Efron and Tibshirani 1993): documents drawn
+with replacement, 10,000 times. A difference is one of paired documents, both systems wrote for the
+same ones, and its p is that of approximate randomization (Noreen 1989): under the null hypothesis a
+document's two scores may change places, so the signs of the differences are drawn at random, 10,000
+times. Draws are from a fixed seed; everything is two-sided.
+
+Several seeds are asked twice: over documents, each with its mean over the seeds; and over seeds,
+each with its mean over the documents, by Student's t. The interval holds both, and p is the larger
+one: what is said holds for other documents and for other seeds (Clark 1973, F1 and F2). Drawing
+seeds with replacement too would not do: of three whose differences have one sign, every draw has
+it, and that is one case in four where nothing differs.
 
 The draws are the same for all tests of a table, and made once: scipy's bootstrap and
 permutation_test make them anew for each, which is minutes for a grid. The tests hold this against
@@ -14,6 +18,7 @@ scipy's.
 """
 # S seeds, N documents, B draws
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 DRAWS = 10_000
 CONFIDENCE = 0.95
@@ -29,16 +35,16 @@ _CHUNK = 500
 Scores = NDArray[np.float64]
 
 METHODS = {
-    "intervals": f"{CONFIDENCE:.0%} percentile bootstrap over documents (and seeds, where there "
-    f"are several), {DRAWS} draws",
-    "p": f"two-sided; one seed: approximate randomization over documents, {DRAWS} draws of signs; "
-    "several: paired bootstrap over documents and seeds",
+    "intervals": f"{CONFIDENCE:.0%} percentile bootstrap over documents, {DRAWS} draws; of several "
+    "seeds also Student's t over these, and both within the interval",
+    "p": f"two-sided, approximate randomization over documents, {DRAWS} draws of signs (one seed "
+    "says nothing of others); of several seeds also a paired t-test over these, and the larger p",
 }
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval."""
+    """A mean with its interval."""
 
     value: float
     low: float
@@ -47,7 +53,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its bootstrap interval, and the p of its being zero."""
+    """A mean difference with its interval, and the p of its being zero."""
 
     difference: float
     low: float
@@ -57,11 +63,7 @@ class Difference:
 
 def mean_interval(scores_SN: Scores) -> Interval:
     """The mean over seeds and documents. scores_SN: (seeds, documents)."""
-    value = float(scores_SN.mean())
-    if scores_SN.shape[1] < 2:
-        return Interval(value, value, value)
-    low, high = np.quantile(_draws(scores_SN), _bounds())
-    return Interval(value, float(low), float(high))
+    return Interval(float(scores_SN.mean()), *_bounds(scores_SN))
 
 
 def paired_difference(scores_SN: Scores, others_SN: Scores) -> Difference:
@@ -73,13 +75,11 @@ def paired_difference(scores_SN: Scores, others_SN: Scores) -> Difference:
     if scores_SN.shape != others_SN.shape:
         raise ValueError(f"pairs are of {scores_SN.shape} and {others_SN.shape} scores")
     found_SN = scores_SN - others_SN
-    mean = float(found_SN.mean())
-    if found_SN.shape[1] < 2:
-        return Difference(mean, mean, mean, 1.0)
-    draws_B = _draws(found_SN)
-    low, high = np.quantile(draws_B, _bounds())
-    p = _randomized(found_SN[0]) if found_SN.shape[0] == 1 else _beyond_zero(draws_B)
-    return Difference(mean, float(low), float(high), p)
+    seeds, documents = found_SN.shape
+    p = _randomized(found_SN.mean(axis=0)) if documents > 1 else 1.0
+    if seeds > 1:
+        p = max(p, _of_t(found_SN.mean(axis=1)))
+    return Difference(float(found_SN.mean()), *_bounds(found_SN), p)
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:
@@ -99,13 +99,36 @@ def p_in_words(p: float) -> str:
     return "p <.001" if p < 0.001 else f"p {p:.3f}"
 
 
-def _draws(scores_SN: Scores) -> Scores:
-    """(B,): means of resampled documents, and seeds."""
-    seeds, documents = scores_SN.shape
-    times_BN, times_BS = _times_drawn(documents), _times_drawn(seeds)
-    sums = [((times_BN[c] @ scores_SN.T) * times_BS[c]).sum(axis=1) for c in _chunks()]
-    draws_B: Scores = np.concatenate(sums) / (seeds * documents)
+def _bounds(scores_SN: Scores) -> tuple[float, float]:
+    """The least and the most that the mean may be, over documents and over seeds."""
+    (seeds, documents), mean = scores_SN.shape, float(scores_SN.mean())
+    low = high = mean
+    outside = (1 - CONFIDENCE) / 2
+    if documents > 1:
+        low, high = np.quantile(_draws(scores_SN.mean(axis=0)), (outside, 1 - outside))
+    if seeds > 1:
+        reach = float(stdtrit(seeds - 1, 1 - outside)) * _standard_error(scores_SN.mean(axis=1))
+        low, high = min(low, mean - reach), max(high, mean + reach)
+    return float(low), float(high)
+
+
+def _draws(scores_N: Scores) -> Scores:
+    """(B,): means of resampled documents."""
+    times_BN = _times_drawn(len(scores_N))
+    draws_B: Scores = np.concatenate([times_BN[c] @ scores_N for c in _chunks()]) / len(scores_N)
     return draws_B
+
+
+def _of_t(differences_S: Scores) -> float:
+    """The p of a t-test of a mean against 0."""
+    error, mean = _standard_error(differences_S), abs(float(differences_S.mean()))
+    if error == 0.0:
+        return 0.0 if mean else 1.0
+    return float(2 * stdtr(len(differences_S) - 1, -mean / error))
+
+
+def _standard_error(values: Scores) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _randomized(found_N: Scores) -> float:
@@ -135,13 +158,3 @@ def _signs(size: int) -> NDArray[np.int8]:
 
 def _chunks() -> list[slice]:
     return [slice(start, start + _CHUNK) for start in range(0, DRAWS, _CHUNK)]
-
-
-def _beyond_zero(draws_B: Scores) -> float:
-    """Twice the share of draws on the rarer side of zero; never 0, which draws cannot show."""
-    rarer = min(int((draws_B <= 0).sum()), int((draws_B >= 0).sum()))
-    return min(1.0, 2 * (rarer + 1) / (len(draws_B) + 1))
-
-
-def _bounds() -> tuple[float, float]:
-    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2

@@ -56,17 +56,45 @@ def test_what_is_the_same_does_not_differ_and_what_always_differs_does() -> None
     assert above.p == pytest.approx(1 / 10_001) and above.low == pytest.approx(1.0)
 
 
-def test_seeds_are_drawn_as_well_as_documents() -> None:
-    """Seeds that disagree make a difference uncertain however many documents there are."""
-    noise = np.random.default_rng(6).normal(0.0, 0.1, size=(3, 200))
-    agreeing, disagreeing = noise + 1.0, noise + np.array([[4.0], [-2.0], [1.0]])
-    sure = paired_difference(agreeing, np.zeros_like(noise))
-    unsure = paired_difference(disagreeing, np.zeros_like(noise))
-    assert sure.difference == pytest.approx(unsure.difference)
-    assert sure.p < 0.001 and sure.low > 0.9
-    assert unsure.p > 0.1 and unsure.low < 0.0 < unsure.high
-    # Three seeds, drawn with replacement: the least mean that can come is the least seed's.
-    assert unsure.low == pytest.approx(-2.0 + 1.0, abs=1.1)
+NOISE_SN = np.random.default_rng(6).normal(0.0, 0.1, size=(3, 200))
+
+
+def test_seeds_that_disagree_make_a_difference_uncertain() -> None:
+    """However many documents there are: the t-test of the seeds' means, which is scipy's."""
+    found_SN = NOISE_SN + np.array([[4.0], [-2.0], [1.0]])
+    found = paired_difference(found_SN, np.zeros_like(found_SN))
+    theirs = stats.ttest_1samp(found_SN.mean(axis=1), 0.0)
+    assert found.p == pytest.approx(theirs.pvalue) and found.p > 0.1
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    interval = mean_interval(found_SN)
+    assert (interval.low, interval.high) == (found.low, found.high)
+
+
+def test_documents_that_disagree_make_a_difference_uncertain() -> None:
+    """However alike the seeds are: the test of one seed, on the documents' means."""
+    found_SN = NOISE_SN / 100 + np.random.default_rng(7).normal(0.1, 2.0, size=200)
+    found = paired_difference(found_SN, np.zeros_like(found_SN))
+    alone = paired_difference(found_SN.mean(axis=0)[None], np.zeros((1, 200)))
+    assert astuple(found) == pytest.approx(astuple(alone))
+    assert found.p > stats.ttest_1samp(found_SN.mean(axis=1), 0.0).pvalue
+
+
+def test_seeds_that_agree_show_a_difference() -> None:
+    found = paired_difference(NOISE_SN + 1.0, np.zeros_like(NOISE_SN))
+    assert found.p < 0.001 and found.low > 0.9
+
+
+@pytest.mark.parametrize("by_seed", [0.0, 2.0, 10.0])
+def test_where_nothing_differs_a_difference_is_seldom_found(by_seed: float) -> None:
+    """by_seed: the deviation between seeds, over the standard error of the documents' mean."""
+    generator, seeds, documents = np.random.default_rng(8), 3, 60
+    found = []
+    for _ in range(200):
+        of_seed = generator.normal(0.0, by_seed / np.sqrt(documents), size=(seeds, 1))
+        scores_SN = generator.normal(0.0, 1.0, size=(seeds, documents)) + of_seed
+        found.append(paired_difference(scores_SN, np.zeros_like(scores_SN)).p)
+    assert np.mean(np.array(found) < 0.05) < 0.09
+    assert np.mean(np.array(found) < 0.005) < 0.02
 
 
 def test_two_seeds_that_are_the_same_are_as_one_of_them() -> None:
