@@ -1,7 +1,7 @@
 """The text under the table: every number in it is read from the table, and nothing else is.
 
-A difference counts where its p, adjusted for all tests against the same row at one keep ratio
-(Benjamini and Hochberg), is below 0.05.
+A difference counts where its p, adjusted for all tests of one metric against the same row at one
+keep ratio (Benjamini and Hochberg), is below 0.05. Of the others it is said that none is shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from makd_llm.evaluation.significance import adjusted, p_in_words
 LEVEL = 0.05
 METRIC = "rougeLsum"
 PER_TOKEN = "nats_per_token"
+"""The logarithm of the perplexity, as a mean over documents: what tests are made of."""
 WORDS = {
     METRIC: ("ROUGE-Lsum", "{:+.2f}"),
     PER_TOKEN: ("nats per token, less is better", "{:+.3f}"),
@@ -49,7 +50,7 @@ def _of_keep(found: Mapping[str, Any], keep: float) -> str:
         _scale(there, learning, keep),
         _best(learning),
         *(_against(learning, name, metric) for name in references for metric in WORDS),
-        *(_full_method(learning, name) for name in references if FULL in learning),
+        *(_full_method(learning, name) for name in references if FULL in learning and name != FULL),
         *(_order(learning, names, words) for words, names in ORDERS.items()),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -57,11 +58,13 @@ def _of_keep(found: Mapping[str, Any], keep: float) -> str:
 
 def _scale(there: Groups, learning: Groups, keep: float) -> str:
     """What there is to win: from a student that has learnt nothing to the teacher."""
-    seeds = sorted({seed for group in learning.values() for seed in group["seeds"]})
+    sets = [set(group["seeds"]) for group in learning.values()]
+    seeds = sorted(set().union(*sets))
     tokens = max(group["tokens"] for group in learning.values())
     start = (
         f"At keep ratio {keep:g} ({tokens:,.0f} tokens, seed{'s' if len(seeds) > 1 else ''} "
-        f"{_listed([str(seed) for seed in seeds])})"
+        f"{_listed([str(seed) for seed in seeds])}"
+        f"{'' if all(one == sets[0] for one in sets) else ', not all of them for every row'})"
     )
     lines = [_with_rouge(group) for name, group in there.items() if name not in learning]
     scale = f"the scale is {_listed(lines)} ROUGE-Lsum, and " if lines else ""
@@ -110,7 +113,8 @@ def _against(learning: Groups, reference: str, metric: str) -> str:
             said.append(f"{_listed(those)} {'is' if len(those) == 1 else 'are'} {side} it")
     rest = len(tests) - sum(len(names) for names in sides.values())
     if rest:
-        said.append(f"{rest} do not differ" if said else "no row differs")
+        others = f"for the other {_counted(rest, 'row') if rest > 1 else 'row'} " if said else ""
+        said.append(f"{others}no difference is shown")
     return (
         f"Against {_label(learning, reference)} in {words} ({_counted(len(tests), 'test')}, "
         f"adjusted), {_listed(said)}."
@@ -120,28 +124,33 @@ def _against(learning: Groups, reference: str, metric: str) -> str:
 def _full_method(learning: Groups, reference: str) -> str:
     """Whether the full method is worth more than the reference."""
     full, tests = learning[FULL], _tests(learning, reference)
+    who = f"{full['label']} against {_label(learning, reference)}"
     if FULL not in tests:
-        return f"{full['label']} was not tested against {_label(learning, reference)}."
+        return f"{who}: not tested, for want of the same seeds of both."
     difference, p = tests[FULL]
     found = full["against"][reference][METRIC]
-    verdict = "no difference is shown"
-    if p < LEVEL:
-        verdict = "it is better" if difference > 0 else "it is worse"
+    said = [
+        f"ROUGE-Lsum {difference:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}), "
+        f"{_verdict(difference, p)}"
+    ]
     other = learning.get(reference)
-    perplexity = f"; perplexity {full['perplexity']:.2f}" + (
+    perplexity = f"perplexity {full['perplexity']:.2f}" + (
         f" against {other['perplexity']:.2f}" if other else ""
     )
     if PER_TOKEN in full["against"][reference]:
-        _, p_of_it = _tests(learning, reference, PER_TOKEN)[FULL]
-        perplexity += f" (adjusted {p_in_words(p_of_it)})"
-    seconds = ""
+        nats, p_of_it = _tests(learning, reference, PER_TOKEN)[FULL]
+        perplexity += f", {_verdict(-nats, p_of_it)}"
+    said.append(perplexity)
     if other and other["seconds"]:
-        seconds = f", in {full['seconds'] / other['seconds']:.2f} times the seconds"
-    return (
-        f"{full['label']} is {difference:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}, "
-        f"adjusted {p_in_words(p)}) from {_label(learning, reference)}: {verdict}{perplexity}"
-        f"{seconds}."
-    )
+        said.append(f"{full['seconds'] / other['seconds']:.2f} times the seconds")
+    return f"{who}: {'; '.join(said)}."
+
+
+def _verdict(gain: float, p: float) -> str:
+    """Of a difference, of which more is better."""
+    if p >= LEVEL:
+        return f"no difference is shown (adjusted {p_in_words(p)})"
+    return f"{'better' if gain > 0 else 'worse'} (adjusted {p_in_words(p)})"
 
 
 def _order(learning: Groups, names: Sequence[str], words: str) -> str:
@@ -153,7 +162,7 @@ def _order(learning: Groups, names: Sequence[str], words: str) -> str:
     if len(those) < 2:
         return ""
     lines = [f"{_with_rouge(group)} (perplexity {group['perplexity']:.2f})" for group in those]
-    return f"{words}, in order of ROUGE-Lsum: {_listed(lines)}."
+    return f"{words}, in order of ROUGE-Lsum, not tested against each other: {_listed(lines)}."
 
 
 def _caveats(found: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from makd_llm.comparison.analysis import analysis_of
+from makd_llm.comparison.analysis import PER_TOKEN, analysis_of
 from makd_llm.comparison.grid import Grid
 from makd_llm.comparison.reading import Found, read_rows
 from makd_llm.comparison.tables import as_csv, as_markdown
@@ -20,8 +20,6 @@ from makd_llm.evaluation.significance import METHODS, Scores, mean_interval, pai
 from makd_llm.files import write_json, write_whole
 
 METRICS = ("rouge1", "rouge2", "rougeLsum")
-PER_TOKEN = "nats_per_token"
-"""The logarithm of the perplexity, as a mean over documents: what tests are made of."""
 NUMBERS = ("parameters", "tokens", "seconds", "peak_memory_MB", "perplexity")
 
 
@@ -72,7 +70,8 @@ def _row(
         "state": found.state,
         "error": found.error,
         **_numbers(found),
-        **_measures(grid, [found], by_place, teacher),
+        **_measures([found], teacher),
+        "against": _against(grid, [found], by_place, whole=False),
     }
 
 
@@ -95,7 +94,8 @@ def _group(
         "state": state,
         "error": failed.error if failed else None,
         **{name: fmean(columns[name]) if columns[name] else None for name in NUMBERS},
-        **_measures(grid, done, by_place, teacher),
+        **_measures(done, teacher),
+        "against": _against(grid, done, by_place, whole=True),
         "spread": {n: stdev(values) if len(values) > 1 else None for n, values in columns.items()},
     }
 
@@ -112,30 +112,44 @@ def _numbers(found: Found) -> dict[str, Any]:
     }
 
 
-def _measures(
-    grid: Grid, those: Sequence[Found], by_place: Places, teacher: Mapping[str, float]
-) -> dict[str, Any]:
-    """ROUGE of one row, or of its seeds together, against the teacher's and against other rows."""
+def _measures(those: Sequence[Found], teacher: Mapping[str, float]) -> dict[str, Any]:
+    """ROUGE of one row, or of its seeds together, and as a share of the teacher's."""
     if not any(one.measured for one in those):
-        return {**dict.fromkeys((*METRICS, "share_of_teacher")), "against": {}}
+        return dict.fromkeys((*METRICS, "share_of_teacher"))
     means, scores = _means(those), _scores(those)
     share = {m: means[m] / teacher[m] if teacher[m] else None for m in METRICS if teacher}
-    against: dict[str, Any] = {}
-    for name in grid.config.against:
-        others = [by_place.get((name, one.row.keep_ratio, one.row.seed)) for one in those]
-        pairs = [
-            (one, other)
-            for one, other in zip(those, others, strict=True)
-            if other is not None and other.measured and one.row.name != name
-        ]
-        if pairs:
-            own, theirs = (_scores([pair[side] for pair in pairs]) for side in (0, 1))
-            against[name] = {m: asdict(paired_difference(own[m], theirs[m])) for m in own}
     return {
         **{metric: asdict(mean_interval(scores[metric])) for metric in METRICS},
         "share_of_teacher": share or None,
-        "against": against,
     }
+
+
+def _against(
+    grid: Grid, those: Sequence[Found], by_place: Places, *, whole: bool
+) -> dict[str, Any]:
+    """Differences from the rows that others are tested against, by name. whole: of all seeds that
+    there are, so that a row is tested only if both have the same.
+    """
+    own = {one.row.seed: one for one in those if one.measured}
+    if not own:
+        return {}
+    own_row, against = those[0].row, {}
+    for name in grid.config.against:
+        others = {
+            seed: other
+            for (row, keep, seed), other in by_place.items()
+            if other.measured and row == name and keep == own_row.keep_ratio
+        }
+        alike = own.keys() == others.keys() if whole else own.keys() <= others.keys()
+        if name == own_row.name or not alike:
+            continue
+        theirs = _scores([others[seed] for seed in own])
+        against[name] = {
+            metric: asdict(paired_difference(scores, theirs[metric]))
+            for metric, scores in _scores(those).items()
+            if metric in theirs
+        }
+    return against
 
 
 def _scores(those: Sequence[Found]) -> dict[str, Scores]:

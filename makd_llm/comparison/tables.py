@@ -123,7 +123,8 @@ def _legend(found: Values) -> str:
     return (
         f"In brackets: {settings['intervals']}. Above another row: difference of ROUGE-Lsum and p, "
         f"and of nats per token (less is better) and p ({settings['p']}; not adjusted for the "
-        "number of tests). Seconds and memory are of the distil stage."
+        "number of tests), where both have the same seeds. Seconds and memory are of the distil "
+        "stage."
     )
 
 

@@ -274,7 +274,7 @@ def intervals(comparison: Comparison) -> list[IntervalChart]:
 
 def rivals(comparison: Comparison) -> dict[str, str]:
     """The rows that others are tested against, in the comparison's order: name -> label."""
-    rows = comparison.groups or comparison.rows
+    rows = [*comparison.groups, *comparison.rows]
     tested = {name for row in rows for name in row.against or {}}
     labels = {row.name: row.label or row.name for row in rows}
     return {name: label for name, label in labels.items() if name in tested}

@@ -137,6 +137,10 @@ def test_a_row_over_its_seeds_and_one_that_fails(
     each = [row_of(found, "kd", seed)["perplexity"] for seed in (0, 1)]
     assert group["seeds"] == [0, 1] and group["perplexity"] == pytest.approx(sum(each) / 2)
     assert group["spread"]["perplexity"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    makd = next(g for g in found["groups"] if g["name"] == "makd")
+    assert makd["seeds"] == [0] and makd["against"].keys() == {"tinybert"}, "kd has two seeds"
+    assert row_of(found, "makd", 0)["against"].keys() == {"kd", "tinybert"}
+    assert row_of(found, "kd", 1)["against"] == {} == group["against"]
     shutil.rmtree(blocked)
 
 
@@ -167,7 +171,7 @@ def test_the_report_says_what_the_table_says(
     head, *lines = table_of(html, "The rows of the comparison")
     groups = [g for g in found["groups"] if g["seeds"] or g["state"] == "done"]
     assert [line[0][0] for line in lines] == [group["label"] for group in groups]
-    assert [column for column, *_ in head[-2:]] == ["over kd", "over layer-wise"]
+    assert [column for column, *_ in head[-2:]] == ["above kd", "above layer-wise"]
     for group, line in zip(groups, lines, strict=True):
         assert line == [[group["label"], *line[0][1:]], *cells_of(group)]
     (kd,) = (line for line in lines if line[0][0] == "kd")
