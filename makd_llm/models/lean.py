@@ -44,6 +44,9 @@ def _with_forward(kind: Any, forward: Any) -> Any:
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != module.weight.dtype:  # under autocast, of queries and keys
+        out: Tensor = super(type(module), module).forward(hidden_states)
+        return out
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 

@@ -42,3 +42,20 @@ def test_the_same_values_and_gradients(name: str) -> None:
     per_layer = 4 if name == "qwen3" else 2  # of queries and keys, too
     assert norms == (per_layer * TINY_LAYERS + 1 if name in NORMED else 0)
     assert gates == (TINY_LAYERS if name in GATED else 0)
+
+
+@pytest.mark.parametrize("name", sorted(NORMED))
+def test_under_autocast_as_without(name: str) -> None:
+    """Weights in fp32, products in bf16, whose outputs Qwen3 norms again."""
+    config = tiny_config(name)
+    torch.manual_seed(0)
+    model = model_class_for(config)._from_config(config, dtype=torch.float32)
+    ids = torch.randint(3, 46, (2, 7))
+    logits = []
+    for lean in (False, True):
+        if lean:
+            make_lean(model)
+        with torch.autocast("cpu", torch.bfloat16), keeping_less():
+            logits.append(model(ids).logits)
+        logits[-1].sum().backward()
+    torch.testing.assert_close(logits[1], logits[0], rtol=2e-2, atol=2e-2)
