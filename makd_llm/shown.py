@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+RECORDS_APART = frozenset({"cpu"})
+"""Devices on which attention of each record by itself costs less than of padded rows; their host
+knows the lengths without waiting."""
+
 LAYER = "layer"
 """In the place of a role, where a layer's own input is meant."""
 
@@ -76,6 +80,15 @@ class TopTokens:
     """For each temperature tau, the log of the sum of p^(1/tau) over all other tokens; -inf where
     there are none."""
     temperatures: tuple[float, ...]
+
+
+def padded_rows(x_1N: Tensor, tokens_N: Tensor, rows: int, length: int) -> Tensor:
+    """(1, N, ...) -> (B, T, ...), with zeros at the padding. tokens_N: places in the flattened (B
+    T), as `Batch.tokens_N`. rows, length: B and T.
+    """
+    flat = x_1N.new_zeros(rows * length, *x_1N.shape[2:])
+    padded: Tensor = flat.index_copy(0, tokens_N, x_1N[0])
+    return padded.view(rows, length, *x_1N.shape[2:])
 
 
 @dataclass

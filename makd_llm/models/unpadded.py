@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from makd_llm.data.batch import Batch
-
-BY_RECORD = frozenset({"cpu"})
-"""Devices on which one call of attention for each record costs less than padded rows."""
+from makd_llm.shown import RECORDS_APART, padded_rows
 
 
 def places_of(batch: Batch) -> Tensor | None:
@@ -46,10 +44,7 @@ def without_padding(x_BT: Tensor, places: Tensor) -> Tensor:
 
 def with_padding(x_1N: Tensor, places: Tensor) -> Tensor:
     """(1, N, ...) -> (B, T, ...), with zeros at the padding."""
-    rows, length = places.shape[:2]
-    x_N = x_1N[0]
-    flat = x_N.new_zeros(rows * length, *x_N.shape[1:])
-    return flat.index_copy(0, places[0, 0, 0], x_N).view(rows, length, *x_N.shape[1:])
+    return padded_rows(x_1N, places[0, 0, 0], *places.shape[:2])
 
 
 def heads_with_padding(x_1HND: Tensor, places: Tensor) -> Tensor:
@@ -64,10 +59,10 @@ def attention_by_record(
 
     query: (1, H, N, D); key, value: (1, K, N, D). kwargs: as transformers gives them.
 
-    Record after record on the devices of `BY_RECORD`. On others in one call, on padded rows, whose
-    lengths the host need not know.
+    Record after record on the devices of `RECORDS_APART`. On others in one call, on padded rows,
+    whose lengths the host need not know.
     """
-    if query.device.type in BY_RECORD:
+    if query.device.type in RECORDS_APART:
         length = places.shape[1]
         counts = torch.bincount(places[0, 0, 0] // length, minlength=places.shape[0]).tolist()
         parts = zip(*(x.split(counts, dim=2) for x in (query, key, value)), strict=True)

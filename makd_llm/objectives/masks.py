@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from makd_llm.shown import RECORDS_APART, padded_rows
+
 
 class Masks(NamedTuple):
     """tokens_BT: True where a token is real, and counts. keys_BT: what attention has to be told, as
@@ -28,16 +30,16 @@ class Masks(NamedTuple):
         if x.shape[:2] == self.tokens_BT.shape:
             return x
         assert self.tokens_N is not None
-        flat = x.new_zeros(self.tokens_BT.numel(), *x.shape[2:])
-        padded: Tensor = flat.index_copy(0, self.tokens_N, x[0])
-        return padded.view(*self.tokens_BT.shape, *x.shape[2:])
+        return padded_rows(x, self.tokens_N, *self.tokens_BT.shape)
 
     def by_record(self, x: Tensor) -> list[Tensor] | None:
         """(1, T, ...) of every record, T its own tokens, of (B, T, ...) or (1, N, ...); None where
-        records rather stay together. Apart they are on a CPU, which knows their lengths without
-        waiting, if some are padded (on the right).
+        records rather stay together. Apart they are on the devices of `RECORDS_APART`, if some are
+        padded (on the right).
         """
-        if not self.tokens_BT.is_cpu or self.keys_BT is not None or bool(self.tokens_BT.all()):
+        if self.tokens_BT.device.type not in RECORDS_APART or self.keys_BT is not None:
+            return None
+        if bool(self.tokens_BT.all()):
             return None
         lengths: list[int] = self.tokens_BT.sum(1).tolist()
         if x.shape[:2] != self.tokens_BT.shape:

@@ -66,7 +66,7 @@ def real(x: Tensor, batch: Batch) -> Tensor:
 def test_states_captures_and_gradients_are_those_of_padded_rows(
     name: str, devices: frozenset[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpadded, "BY_RECORD", devices)
+    monkeypatch.setattr(unpadded, "RECORDS_APART", devices)
     model, batch = built(name), batch_of()
     assert model.without_padding == (name not in LEFT_AS_IT_IS)
     found: dict[bool, list[Tensor]] = {}
@@ -105,7 +105,7 @@ def test_no_padding_goes_through_the_backbone(name: str) -> None:
 
 @pytest.mark.parametrize("devices", [frozenset({"cpu"}), frozenset()], ids=["records", "rows"])
 def test_a_record_sees_no_other(devices: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpadded, "BY_RECORD", devices)
+    monkeypatch.setattr(unpadded, "RECORDS_APART", devices)
     model = built("llama")
     before, after = model(batch_of()), model(batch_of(change=0))
     assert not torch.equal(before[0, :3], after[0, :3])
