@@ -11,8 +11,9 @@ import csv
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from makd_llm.evaluation.significance import p_in_words
+from makd_llm.comparison.tables import markdown_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -77,65 +78,36 @@ def _perplexity(value: float) -> str:
 
 
 def comparison(rows: list[Row]) -> str:
-    """`makd compare`'s comparison.csv: every row over its seeds, a table for each keep ratio."""
-    groups = {
-        (row["keep_ratio"], row["name"]): row
-        for row in rows
-        if row["perplexity"] or row["rouge1.value"]
-    }
-    keeps = sorted({keep for keep, _ in groups} - {""}, key=float, reverse=True)
-    references = [n for n in ("kd", "tinybert") if any(_against(g, n) for g in groups.values())]
-    labels = {name: group["label"] for (_, name), group in groups.items()}
-    heads = ["row", "seeds", "parameters", "tokens", "seconds", "peak MB", "perplexity"]
-    heads += ["ROUGE-1", "ROUGE-2", "ROUGE-Lsum", "of teacher's"]
-    heads += [f"above {labels[name]}" for name in references]
-    tables = []
-    for keep in keeps:
-        lines = [
-            f"keep {float(keep):g}:",
-            "",
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
-        ]
-        for (ratio, _), group in groups.items():
-            if ratio in ("", keep):
-                cells = [*_measured(group), *(_against(group, name) for name in references)]
-                lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    """`makd compare`'s comparison.csv: its own tables."""
+    lines = [_nested(row) for row in rows]
+    found = {f"{kind}s": [line for line in lines if line["line"] == kind] for kind in LINES}
+    tables = markdown_tables({"name": "DialogSum", **found})
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items())
 
 
-def _measured(group: Row) -> list[str]:
-    def shown(name: str, form: str, scale: float = 1.0) -> str:
-        return form.format(float(group[name]) * scale) if group[name] else ""
-
-    low, high = shown("rougeLsum.low", "{:.1f}"), shown("rougeLsum.high", "{:.1f}")
-    return [
-        group["label"],
-        str(len(group["seeds"].split()) or ""),
-        shown("parameters", "{:.2f} M", 1e-6),
-        shown("tokens", "{:,.0f}"),
-        shown("seconds", "{:,.0f}"),
-        shown("peak_memory_MB", "{:,.0f}"),
-        shown("perplexity", "{:.2f}"),
-        shown("rouge1.value", "{:.2f}"),
-        shown("rouge2.value", "{:.2f}"),
-        f"{shown('rougeLsum.value', '{:.2f}')} ({low} to {high})",
-        shown("share_of_teacher.rougeLsum", "{:.1%}"),
-    ]
+LINES = ("row", "group")
 
 
-def _against(group: Row, name: str) -> str:
-    said = []
-    for metric, form, unit in (
-        ("rougeLsum", "{:+.2f}", ""),
-        ("nats_per_token", "{:+.3f}", " nats"),
-    ):
-        difference = group.get(f"against.{name}.{metric}.difference")
-        if difference:
-            p = p_in_words(float(group[f"against.{name}.{metric}.p"]))
-            said.append(f"{form.format(float(difference))}{unit}, {p}")
-    return "; ".join(said)
+def _nested(row: Row) -> dict[str, Any]:
+    """A line of comparison.csv as comparison.json has it: `a.b` is b of a, an empty cell null."""
+    nested: dict[str, Any] = {"against": {}}
+    for column, cell in row.items():
+        *path, last = column.split(".")
+        place = nested
+        for name in path if cell else ():
+            place[name] = place = place.get(name) or {}
+        if cell or not path:
+            place.setdefault(last, _value(last, cell))
+    return nested
+
+
+def _value(column: str, cell: str) -> Any:
+    if column == "seeds":
+        return cell.split()
+    try:
+        return float(cell)
+    except ValueError:
+        return cell or None
 
 
 def columns(of: dict[str, str], said: str = "medians") -> Callable[[list[Row]], str]:

@@ -56,21 +56,29 @@ def show_grid(grid: Grid, found: Values) -> None:
 def as_markdown(found: Values) -> str:
     """The same tables, with what was asked for and the analysis."""
     parts = [f"# {found['name']}", found["analysis"]]
-    for keep in _keep_ratios(found):
-        columns = _columns(found)
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-        lines += [_cells(found, group) for group in _groups(found, keep)]
-        parts.append(f"## {_title(found, keep)}")
-        parts.append("\n".join(f"| {' | '.join(_escaped(line))} |" for line in lines))
+    for title, table in markdown_tables(found).items():
+        parts += [f"## {title}", table]
     parts += [_legend(found), found["equal_tokens"]["said"]]
     settings = {"teacher": found["teacher"], "data": found["data"], **found["settings"]}
     parts.append("\n".join(f"- {name}: {value}" for name, value in settings.items()))
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_tables(found: Values) -> dict[str, str]:
+    """One for each keep ratio, by their titles. found: at least name, rows and groups."""
+    tables = {}
+    for keep in _keep_ratios(found):
+        columns = _columns(found)
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+        lines += [_cells(found, group) for group in _groups(found, keep)]
+        table = "\n".join(f"| {' | '.join(_escaped(line))} |" for line in lines)
+        tables[_title(found, keep)] = table
+    return tables
+
+
 def as_csv(found: Values) -> str:
     """All rows, then all groups, with every number of comparison.json in a column of its own."""
-    lines = [_flat(row) for row in (*found["rows"], *found["groups"])]
+    lines = [{"line": kind, **_flat(row)} for kind in ("row", "group") for row in found[f"{kind}s"]]
     columns = dict.fromkeys(name for line in lines for name in line)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")

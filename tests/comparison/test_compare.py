@@ -1,5 +1,7 @@
 """`makd compare` as a person runs it, on a tiny teacher: every row; killed in the midst."""
 
+import csv
+import importlib
 import json
 import re
 import shutil
@@ -19,6 +21,7 @@ from makd_llm.testing import environment_alone
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = (
     *("finetune", "kd", "tinybert", "makd-matrix", "makd-layer", "makd-model", "makd"),
     *("makd-reverse", "makd-flat", "feature_alignment", "adkd", "makd_attribution"),
@@ -74,6 +77,17 @@ def test_every_row_is_made_and_told(
     assert f"perplexity {row_of(found, 'makd')['perplexity']:.2f}" in found["analysis"]
     assert len((made / "comparison.csv").read_text().splitlines()) == 1 + 2 * len(RUNS) + 3 + 15
     assert found["analysis"] in (made / "comparison.md").read_text()
+
+
+def test_the_readme_makes_the_same_table_of_the_csv(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with (made / "comparison.csv").open(newline="") as file:
+        said = importlib.import_module("readme").comparison(list(csv.DictReader(file)))
+    (table,) = said.split("\n\n")[1:]
+    assert len(table.splitlines()) == 2 + 3 + len(RUNS)
+    assert f"\n\n{table}\n\n" in (made / "comparison.md").read_text()
 
 
 def test_what_rows_share_is_made_once(made: Path) -> None:
