@@ -1,7 +1,7 @@
 """What objectives cost: a distillation step under each set of them, in turn, in one run.
 
     deepspeed --num_accelerators 2 benchmarks/step.py --ds ds_configs/zero3.json --run runs/demo
-    ... --records 4 --length 512 --sets kd makd      (whole rows, of random tokens)
+    ... --records 4 --length 512 --sets kd,makd      (whole rows, of random tokens)
 
 The run folder (of a finished `make demo`, say) gives teacher, student and data. All sets see the
 same batches on the same two engines, one after the other, round after round, every round beginning
