@@ -15,6 +15,7 @@ from makd_llm.comparison.grid import Grid, Item
 from makd_llm.data.records import content_of
 from makd_llm.files import sample_of_folder, write_json
 from makd_llm.redaction import without_secrets
+from makd_llm.train.deepspeed_config import read_deepspeed_config
 
 UNUSED = {
     "sft": {"student", "distil", "evaluation", "merge"},
@@ -52,7 +53,10 @@ def write_record(run_dir: Path, record: Record) -> None:
 
 
 class Stamps:
-    """The stamps of a comparison's runs. The data is read once, when this is made."""
+    """The stamps of a comparison's runs. The data is read once, when this is made.
+
+    Raises UserError where DeepSpeed's JSON, or the data, is not there or wrong.
+    """
 
     def __init__(self, grid: Grid) -> None:
         data = grid.base.data
@@ -63,7 +67,7 @@ class Stamps:
             "teacher": sample_of_folder(teacher) if teacher.is_dir() else None,
             "train": content_of(data.source, data.train_split, streaming=data.streaming),
             "validation": content_of(validation, data.validation_split),
-            "ds": json.loads(grid.config.ds.read_text(encoding="utf-8")),
+            "ds": read_deepspeed_config(grid.config.ds),
         }
 
     def of(self, item: Item) -> str:
