@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from makd_llm.comparison.grid import Grid, Item
+from makd_llm.comparison.left import damage
 from makd_llm.data.records import content_of
 from makd_llm.files import sample_of_folder, write_json
 from makd_llm.redaction import without_secrets
@@ -35,6 +36,11 @@ class Record:
     stamp: str
     error: str | None = None
     seconds: float | None = None
+
+    @property
+    def why(self) -> str:
+        """Of a run that failed, in words."""
+        return self.error or "it left no word of why"
 
 
 def read_record(run_dir: Path) -> Record | None:
@@ -89,6 +95,13 @@ class Stamps:
         return sample_of_folder(folder) if folder.is_dir() else None
 
     def stands(self, item: Item) -> bool:
-        """Whether the item's result is there, made from what there is now."""
+        """Whether the item's result is there, made from what there is now, and the table can be
+        made of it.
+        """
+        found = self.record_of(item)
+        return found is not None and found.state == "done" and damage(self._grid, item) is None
+
+    def record_of(self, item: Item) -> Record | None:
+        """The last word of the item's run; None where it is of another stamp, or there is none."""
         found = read_record(self._grid.folder / item.place)
-        return found is not None and found.state == "done" and found.stamp == self.of(item)
+        return found if found is not None and found.stamp == self.of(item) else None
