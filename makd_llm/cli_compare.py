@@ -42,6 +42,7 @@ class Asked:
     ) -> None:
         from makd_llm.comparison.grid import build_grid
         from makd_llm.config import load_comparison
+        from makd_llm.files import nearest
 
         given = {"folder": folder, "ds": ds}
         changed = {name: value for name, value in given.items() if value is not None}
@@ -55,10 +56,16 @@ class Asked:
         self.grid = build_grid(
             checked.model_copy(update=changed | ({"ranks": ranks} if ranks else {}))
         )
+        if not (there := nearest(self.grid.folder)).is_dir():
+            raise UserError(f"folder {self.grid.folder}: {there} is no folder; name another")
 
     def part(self, rows: str | None, keep: str | None, seeds: str | None) -> "Grid":
         """What of it was chosen."""
-        return self.grid.chosen(_listed(rows, str), _listed(keep, float), _listed(seeds, int))
+        return self.grid.chosen(
+            _listed("--rows", rows, str),
+            _listed("--keep", keep, float),
+            _listed("--seeds", seeds, int),
+        )
 
     def todo(self, rows: str | None, keep: str | None, seeds: str | None) -> "Todo":
         """What of it is not there yet, checked."""
@@ -114,6 +121,14 @@ def compare(
     """Compares what a student can learn from one teacher, at equal tokens. Killed at any moment,
     the same command goes on. KEY.PATH=VALUE are settings of all rows, as of `makd train`.
     """
+    alone = {
+        "--row": row is not None,
+        "--prepare": prepare,
+        "--collect": collect,
+        "--dry-run": dry_run,
+    }
+    if len(asked := [name for name, given in alone.items() if given]) > 1:
+        raise UserError(f"{' and '.join(asked)}: each is all that a call does; give one of them")
     wanted = Asked(config, overrides or [], ranks, folder, ds)
     grid, part = wanted.grid, wanted.part(rows, keep, seeds)
     stop_at_signals()
@@ -135,6 +150,8 @@ def compare(
     if dry_run:
         show_grid(part, results(part))
         return
+    if collect and not grid.folder.is_dir():
+        raise UserError(f"folder {grid.folder}: not there, so nothing is to be collected; name it")
     if not collect:
         _make(grid, part, ["compare", *wanted.arguments])
     found = publish(grid)
@@ -185,11 +202,14 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _listed(given: str | None, kind: Callable[[str], T]) -> list[T] | None:
+def _listed(option: str, given: str | None, kind: Callable[[str], T]) -> list[T] | None:
     """The values of an option, which commas part."""
     if given is None:
         return None
     try:
         return [kind(value) for value in given.split(",")]
     except ValueError:
-        raise UserError(f"{given}: expected numbers that commas part, as 0.5,0.3") from None
+        example = "0,1" if kind is int else "0.5,0.3"
+        raise UserError(
+            f"{option} {given}: expected numbers that commas part, as {example}"
+        ) from None

@@ -90,6 +90,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def nearest(path: Path) -> Path:
+    """The path itself, or what of the folders above it is there already."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if os.path.lexists(p))
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -8,6 +8,7 @@ stage is resumed only under the very config it was started with.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ class Stages:
         entries = self._read()
         entries[stage] = {"key": _plain(key), "done": done}
         write_json(self._path, entries, durable=True)
+
+    def forget(self, stages: Iterable[str]) -> bool:
+        """Has finished stages run again, whatever their keys; whether there was one to forget."""
+        keys = {stage: key for stage in stages if (key := self.key_of(stage)) is not None}
+        for stage, key in keys.items():
+            self.mark(stage, key, done=False)
+        return bool(keys)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -96,6 +96,26 @@ def test_wrong_files_are_named(tmp_path: Path, content: bytes, words: str) -> No
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "override"),
+    [
+        ("student: [1]", "student.keep_ratio=0.5"),
+        ("student: {keep_ratio: 0.5}", "student=[1]"),
+        ("student: {depth: [1]}", "student.depth={layers: 2}"),
+    ],
+)
+def test_an_override_of_another_kind_than_the_files_is_named(
+    tmp_path: Path, content: str, override: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["seed=1", override])
+    place = "student.depth" if "depth" in content else "student"
+    assert str(caught.value).startswith(f"command line: {place}: keys and values here and a list")
+    assert str(path) in str(caught.value)
+
+
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "no.yaml", "no such config file"), (tmp_path, "a folder")):
         with pytest.raises(UserError, match=words):

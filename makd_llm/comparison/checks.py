@@ -14,6 +14,7 @@ from makd_llm.data.prompt import usable_examples
 from makd_llm.data.records import describe_skipped
 from makd_llm.data.schema import BadRecord
 from makd_llm.errors import UserError
+from makd_llm.files import nearest
 from makd_llm.models.families import family_of
 from makd_llm.models.source import load_tokenizer, resolve_model
 from makd_llm.pipeline import Run
@@ -113,8 +114,7 @@ def _check_disk(grid: Grid, items: list[Item], given: Path) -> str:
             stays += (numbers + merged) * weight
             most = max(most, _checkpoints(item.config, numbers, "distil"))
     needed = stays + most
-    there = next(p for p in (grid.folder, *grid.folder.resolve().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest(grid.folder)).free
     if needed > free:
         raise UserError(
             f"{grid.folder}: about {needed / 1e9:.1f} GB are needed ({stays / 1e9:.1f} GB stay), "

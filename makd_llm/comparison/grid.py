@@ -213,14 +213,17 @@ def _run_config(config: CompareConfig, above: dict[str, Any], where: str) -> Run
 
 def _check_common(config: CompareConfig) -> None:
     """`run` says what all rows have, and nothing of what a row is."""
-    distil = config.run.get("distil") or {}
+    # What is no section at all is refused with the rest of the config.
+    sections = {
+        name: found if isinstance(found := config.run.get(name), dict) else {}
+        for name in ("distil", "student")
+    }
     for key in ("preset", "objectives"):
-        if isinstance(distil, dict) and key in distil:
+        if key in sections["distil"]:
             raise UserError(f"run.distil.{key}: rows differ in it; give it to each of them")
     if "run_dir" in config.run:
         raise UserError("run.run_dir: a comparison has `folder`; take run_dir out")
-    keep = (config.run.get("student") or {}).get("keep_ratio")
-    if keep is not None:
+    if sections["student"].get("keep_ratio") is not None:
         raise UserError("run.student.keep_ratio: a comparison has `keep_ratios`; take it out")
 
 

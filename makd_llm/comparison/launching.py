@@ -68,8 +68,8 @@ def make(
         if record is None or record.state != "failed" or record == before:
             record = Record("failed", stamps.of(item), _last_words(folder / LOG, said, code))
             write_record(folder, record)
-        failed[item.place] = record.error or ""
-        tell(f"{name}: FAILED: {record.error} (all it said: {folder / LOG})")
+        failed[item.place] = record.why
+        tell(f"{name}: FAILED: {record.why} (all it said: {folder / LOG})")
     return failed
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from makd_llm.comparison.grid import Grid, Item
+from makd_llm.comparison.left import damage
 from makd_llm.data.records import content_of
 from makd_llm.files import sample_of_folder, write_json
 from makd_llm.redaction import without_secrets
+from makd_llm.train.deepspeed_config import read_deepspeed_config
 
 UNUSED = {
     "sft": {"student", "distil", "evaluation", "merge"},
@@ -35,6 +37,11 @@ class Record:
     error: str | None = None
     seconds: float | None = None
 
+    @property
+    def why(self) -> str:
+        """Of a run that failed, in words."""
+        return self.error or "it left no word of why"
+
 
 def read_record(run_dir: Path) -> Record | None:
     """None where the run was never started, or its word is damaged."""
@@ -52,7 +59,10 @@ def write_record(run_dir: Path, record: Record) -> None:
 
 
 class Stamps:
-    """The stamps of a comparison's runs. The data is read once, when this is made."""
+    """The stamps of a comparison's runs. The data is read once, when this is made.
+
+    Raises UserError where DeepSpeed's JSON, or the data, is not there or wrong.
+    """
 
     def __init__(self, grid: Grid) -> None:
         data = grid.base.data
@@ -63,7 +73,7 @@ class Stamps:
             "teacher": sample_of_folder(teacher) if teacher.is_dir() else None,
             "train": content_of(data.source, data.train_split, streaming=data.streaming),
             "validation": content_of(validation, data.validation_split),
-            "ds": json.loads(grid.config.ds.read_text(encoding="utf-8")),
+            "ds": read_deepspeed_config(grid.config.ds),
         }
 
     def of(self, item: Item) -> str:
@@ -85,6 +95,13 @@ class Stamps:
         return sample_of_folder(folder) if folder.is_dir() else None
 
     def stands(self, item: Item) -> bool:
-        """Whether the item's result is there, made from what there is now."""
+        """Whether the item's result is there, made from what there is now, and the table can be
+        made of it.
+        """
+        found = self.record_of(item)
+        return found is not None and found.state == "done" and damage(self._grid, item) is None
+
+    def record_of(self, item: Item) -> Record | None:
+        """The last word of the item's run; None where it is of another stamp, or there is none."""
         found = read_record(self._grid.folder / item.place)
-        return found is not None and found.state == "done" and found.stamp == self.of(item)
+        return found if found is not None and found.stamp == self.of(item) else None

@@ -5,12 +5,14 @@ import time
 
 from makd_llm import distributed
 from makd_llm.comparison.grid import Grid, Item
+from makd_llm.comparison.left import damage
 from makd_llm.comparison.record import Record, Stamps, write_record
 from makd_llm.comparison.results import publish
 from makd_llm.comparison.sharing import same_cut, take_measured, take_over
 from makd_llm.errors import Interrupted, RunEnded, UserError
 from makd_llm.files import claimed
 from makd_llm.pipeline import Run
+from makd_llm.stages import Stages
 
 CLAIM = ".row.lock"
 """Held while a run of a comparison is at work, from before it takes anything over."""
@@ -74,6 +76,9 @@ def _prepare(grid: Grid, item: Item) -> tuple[str, bool]:
     folder = grid.folder / item.place
     if stamps.stands(item):
         return stamps.of(item), True
+    damaged = damage(grid, item)
+    if damaged is not None and Stages(folder).forget(damaged.stages):
+        Run.tell(f"{damaged}; it is made again")
     if item.needs is not None:
         needs = grid.shared[item.needs]
         if not stamps.stands(needs):

@@ -60,8 +60,11 @@ def read_values(
                 if isinstance(asked, str) and OmegaConf.is_dict(own):
                     from_file.distil = _under(asked, OmegaConf.to_container(own))
             else:
+                own = OmegaConf.select(from_file, under)
+                if own is not None and not OmegaConf.is_dict(own):
+                    raise UserError(f"{where}: {under}: expected keys and values, found {own!r}")
                 typed = OmegaConf.create({under: typed})
-            together = OmegaConf.merge(from_file, typed)
+            together = _merged(from_file, typed, where)
             plain = OmegaConf.to_container(together, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; configs/ holds examples") from None
@@ -77,6 +80,30 @@ def read_values(
             f"{where}: expected keys and values at the top level, found a {type(plain).__name__}"
         )
     return {str(key): value for key, value in plain.items()}
+
+
+def _merged(from_file: Any, typed: Any, where: str) -> Any:
+    """The overrides over the file. Raises UserError where one has keys and the other a list."""
+    try:
+        return OmegaConf.merge(from_file, typed)
+    except TypeError:  # which says no more than that
+        sides = (OmegaConf.to_container(side, resolve=False) for side in (from_file, typed))
+        raise UserError(
+            f"command line: {_clash(*sides)}: keys and values here and a list in {where}, or the "
+            "other way round; give the same of both"
+        ) from None
+
+
+def _clash(below: Any, above: Any) -> str:
+    """The path of the first list on one side where the other has keys; empty: there is none."""
+    for key in below.keys() & above.keys():
+        own, other = below[key], above[key]
+        if isinstance(own, dict) and isinstance(other, dict):
+            if found := _clash(own, other):
+                return f"{key}.{found}"
+        elif {type(own), type(other)} == {dict, list}:
+            return str(key)
+    return ""
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)

@@ -2,8 +2,8 @@
 
 software.py looks at Python, packages and compilers; machine.py at cores, memory and disks;
 accelerators.py at GPUs; surroundings.py at caches, the Hub and other programs. Each function looks
-at one thing and returns what it finds; nothing is changed, and nothing is written but one empty
-file, which is gone at once. It works where packages are missing, and takes seconds.
+at one thing and returns what it finds; nothing is changed, and nothing is written but empty files,
+which are gone at once. It works where packages are missing, and takes seconds.
 """
 
 from collections.abc import Iterator

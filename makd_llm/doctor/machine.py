@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ LEAST_MEMORY = 6 * GB
 LEAST_DISK = 5 * GB
 """The demo's run folder and cache take 4 GB."""
 LEAST_SHM = 1 * GB
+ELSEWHERE = "set MAKD_CACHE to a folder that you can write to"
 PER_THREAD = 0.02e12
 """FLOP/s in fp32 that a core of the last ten years reaches when it is left alone."""
 
@@ -179,10 +181,28 @@ def _memory() -> tuple[float, float]:
 def disks(runs: Path) -> Iterator[Finding]:
     """Free space where runs are written, and where fetched files are kept."""
     from makd_llm.data.builtin import cache_dir
+    from makd_llm.files import nearest
 
-    for name, folder in (("disk of runs", runs), ("disk of the cache", cache_dir())):
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        yield judge_disk(name, folder, shutil.disk_usage(there).free)
+    for name, folder, advice in (
+        ("disk of runs", runs, "name a folder that you can write to"),
+        ("disk of the cache", cache_dir(), ELSEWHERE),
+    ):
+        if refusal := refused(folder):
+            yield Finding(name, "missing", f"{folder}: {refusal}", advice)
+        else:
+            yield judge_disk(name, folder, shutil.disk_usage(nearest(folder)).free)
+
+
+def refused(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which need not exist yet; None: it can be."""
+    from makd_llm.files import nearest
+
+    there = nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"{there}: {error.strerror}" if there != folder.absolute() else error.strerror
 
 
 def judge_disk(name: str, folder: Path, free: float) -> Finding:

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from makd_llm.doctor.finding import Finding
+from makd_llm.doctor.machine import ELSEWHERE, refused
 
 PATIENCE = 3.0
 """Seconds that the Hub has to answer in."""
@@ -27,14 +27,9 @@ def cache_folder() -> Finding:
 
     folder = cache_dir()
     named = "MAKD_CACHE" if os.environ.get("MAKD_CACHE") else "the user's cache folder"
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        advice = "set MAKD_CACHE to a folder that you can write to"
-        found = f"{folder} ({named}): {error.strerror}"
-        return Finding("cache folder", "missing", found, advice, needed=True)
+    if refusal := refused(folder):
+        found = f"{folder} ({named}): {refusal}"
+        return Finding("cache folder", "missing", found, ELSEWHERE, needed=True)
     return Finding("cache folder", "ok", f"{folder} ({named})")
 
 

@@ -174,8 +174,8 @@ class HeatMap:
     def _step(self, value: float | None) -> int | None:
         if value is None or not math.isfinite(value):
             return None
-        share = value / self.highest if self.highest > 0 else 0.0
-        return min(STEPS - 1, max(0, int(share * STEPS)))
+        share = max(0.0, value / self.highest) if self.highest > 0 else 0.0
+        return int(min(STEPS - 1.0, share * STEPS))
 
     @property
     def said(self) -> str:

@@ -6,6 +6,7 @@ there, or is not so, becomes a note in words. Numbers that are no numbers stay w
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from makd_llm.stages import STAGES
 KNOWN = ("config.yaml", "metrics.jsonl", "factorization.json", "evaluation.json", "stages.json")
 """What a folder is known by: one of these makes it a run, or a student cut without one."""
 COMPARISON = "comparison.json"
+MOST = 10**300
+"""What a number in a file may be, if it is one at all: sums of some such are still floats."""
 
 T = TypeVar("T")
 
@@ -70,8 +73,8 @@ class Matrix(_Read):
 
     role: str
     layer: int | None
-    rows: int
-    columns: int
+    rows: int = Field(gt=0)
+    columns: int = Field(gt=0)
     rank: int | None
     residual: float
 
@@ -159,6 +162,8 @@ class Sample(BaseModel):
 
 class Interval(_Read):
     """A mean and its 95 % interval, on ROUGE's scale of 0 to 100."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     value: float
     low: float
@@ -338,7 +343,26 @@ def _config(run: Run, text: str) -> dict[str, Any]:
     return found
 
 
-def _as(kind: Any, load: Callable[[str], Any] = json.loads) -> Callable[[str], Any]:
+class _Absurd(ValueError):
+    """A number that a sum of floats cannot take."""
+
+
+def _whole(said: str) -> int:
+    if abs(found := int(said)) > MOST:
+        raise _Absurd(f"has a number of {len(said.lstrip('-'))} digits")
+    return found
+
+
+def _real(said: str) -> float:
+    if MOST < abs(found := float(said)) < math.inf:
+        raise _Absurd(f"has the number {said}")
+    return found
+
+
+_loads = partial(json.loads, parse_int=_whole, parse_float=_real)
+
+
+def _as(kind: Any, load: Callable[[str], Any] = _loads) -> Callable[[str], Any]:
     """Checks what a text holds against a type. Raises ValueError where it is not so."""
     adapter = TypeAdapter(kind)
     return lambda text: adapter.validate_python(load(text))
@@ -364,7 +388,7 @@ def _lines(run: Run, name: str, parse: Callable[[str], T]) -> Callable[[str], li
 
 
 def _metric(line: str) -> dict[str, Any]:
-    found = json.loads(line)
+    found = _loads(line)
     if not isinstance(found, dict) or not isinstance(found.get("step"), int | float):
         raise ValueError("no step")
     return found
@@ -378,4 +402,6 @@ def _in_words(error: Exception) -> str:
         return f"not as this version writes it ({place + ': ' if place else ''}{first['msg']})"
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror})"
+    if isinstance(error, _Absurd):
+        return str(error)
     return "damaged"

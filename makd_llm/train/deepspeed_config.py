@@ -47,6 +47,10 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 text; expected a DeepSpeed config in JSON") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a DeepSpeed config in JSON"
+        ) from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}")
     _check_known_keys(config, path)

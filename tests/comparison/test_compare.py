@@ -197,6 +197,44 @@ def test_the_report_says_what_the_table_says(
         assert paragraph in unescape(html)
 
 
+def test_what_was_lost_of_a_row_is_made_again_and_no_more(
+    made: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "makd-model-keep0.5-seed0"
+    row, own = made / "rows" / name, ["compare", str(config), "--row", name]
+    timed = {"seconds", "tokens_per_second", "peak_memory_MB"}
+
+    def steps() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (row / "metrics.jsonl").open()]
+        return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+    before, learnt = json.loads((row / "measured" / "student.json").read_text()), steps()
+    (row / "measured" / "student.json").write_text("{")
+    main(own)
+    said = capsys.readouterr().out
+    assert f"rows/{name}/measured/student.json: not there, or damaged; it is made again" in said
+    assert "distil: stands" in said and "evaluate: teacher stands in" in said
+    assert json.loads((row / "measured" / "student.json").read_text()) == before
+
+    # What the steps took is known to that file alone, so it is the student that learns again.
+    (row / "metrics.jsonl").write_bytes((row / "metrics.jsonl").read_bytes()[:-9] + b"\xff")
+    main(own)
+    said = capsys.readouterr().out
+    assert f"rows/{name}/metrics.jsonl: damaged; it is made again" in said
+    assert "factorize: stands" in said and "evaluate: student stands in" in said
+    assert steps() == learnt
+    main(own)
+    assert f"rows/{name}: stands" in capsys.readouterr().out
+
+    (made / "shared/keep0.5/measured/teacher.json").unlink()
+    main(["compare", str(config), "--prepare"])
+    said = capsys.readouterr().out
+    assert "shared/keep0.5/measured/teacher.json: not there, or damaged; it is made again" in said
+    assert "evaluate: factorized stands in" in said
+    main(own)
+    assert f"rows/{name}: stands" in capsys.readouterr().out
+
+
 @pytest.mark.timeout(600)
 def test_killed_and_resumed(made: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL to the command while a row learns: its processes save and end, and the same command

@@ -75,6 +75,8 @@ def test_a_part_needs_no_more_than_its_own(tmp_path: Path) -> None:
         ("steps: 7}", "steps: 7}, preset: kd", "run.distil.preset: rows differ in it"),
         ("sft: {", "run_dir: x\n  sft: {", "a comparison has `folder`"),
         ("sft: {", "student: {keep_ratio: 0.5}\n  sft: {", "a comparison has `keep_ratios`"),
+        ("sft: {", "student: fisher\n  sft: {", "run: student: input should be a valid dictionary"),
+        ("{train: {steps: 7}}", "fisher", "run: distil: input should be a valid dictionary"),
         ("preset: kd}", "preset: kd, train: {steps: 8}}", "a comparison is at equal tokens"),
         ("preset: kd}", "preset: kd, train: {batch_size: 4}}", "a comparison is at equal tokens"),
         ("steps: 7", "steps: 7, log_every: 2", "so it has to be 1"),
@@ -93,6 +95,21 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, old: str, new: str, w
     with pytest.raises(UserError) as error:
         grid_of(tmp_path, BASE.replace(old, new))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("found", ["[]", "[1]", "3", "fisher"])
+@pytest.mark.parametrize("overrides", [[], ["seed=1"]])
+def test_a_run_that_is_no_section_is_refused(
+    tmp_path: Path, found: str, overrides: list[str]
+) -> None:
+    run = BASE[BASE.index("run:") : BASE.index("rows:")]
+    with pytest.raises(UserError, match=r"small\.yaml: run: expected keys and values, found"):
+        grid_of(tmp_path, BASE.replace(run, f"run: {found}\n"), *overrides)
+
+
+def test_an_override_that_is_no_section_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run: student: input should be a valid dictionary"):
+        grid_of(tmp_path, BASE, "student=fisher")
 
 
 @pytest.mark.parametrize(

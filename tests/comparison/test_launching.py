@@ -2,9 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from makd_llm.comparison.eta import Clock, in_words
 from makd_llm.comparison.grid import Grid, Item, build_grid
@@ -12,13 +11,6 @@ from makd_llm.comparison.launching import LOG, launcher, make
 from makd_llm.comparison.record import Record, Stamps, read_record, write_record
 from makd_llm.comparison.results import results
 from makd_llm.config import load_comparison
-
-
-@pytest.fixture
-def grid(config: Path, tmp_path: Path) -> Grid:
-    """Its first seed's rows, in a folder of their own."""
-    checked = load_comparison(config, []).model_copy(update={"folder": tmp_path / "made"})
-    return build_grid(checked).chosen(["kd", "makd"], None, [0])
 
 
 def stand_in(grid: Grid, item: Item, ending: str) -> list[str]:
@@ -31,7 +23,7 @@ def stand_in(grid: Grid, item: Item, ending: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_a_run_that_fails_does_not_stop_the_others(grid: Grid) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(grid: Grid, leave: Callable[..., None]) -> None:
     said: list[str] = []
     endings = {
         "rows/kd-keep0.5-seed0": "print('makd: the disk is full; token=abcdef', file=sys.stderr)\n"
@@ -47,11 +39,14 @@ def test_a_run_that_fails_does_not_stop_the_others(grid: Grid) -> None:
     assert [line for line in said if "done in 60 s" in line][-1].startswith("[4/4] rows/makd")
     assert any("FAILED: exit code 2" in line for line in said)
     states = {row["name"]: row["state"] for row in results(grid)["rows"]}
-    # It says that it is done, but nothing was measured, which no table shows.
-    assert states == {"kd": "failed", "makd": "waiting"}
+    # It says that it is done, but nothing was measured.
+    assert states == {"kd": "failed", "makd": "failed"}
+    for item in items[:2]:
+        leave(grid, item)
     said.clear()
     make(grid, items, lambda i: stand_in(grid, i, ""), said.append)
-    assert sum(line.endswith(": stands") for line in said) == 3, "only what failed is tried again"
+    stand = [line.split()[1] for line in said if line.endswith(": stands")]
+    assert stand == ["shared/teacher:", "shared/keep0.5:"], "what failed is tried again"
 
 
 def test_the_last_words_are_those_of_the_last_attempt(grid: Grid) -> None:
@@ -68,6 +63,16 @@ def test_the_last_words_are_those_of_the_last_attempt(grid: Grid) -> None:
     ]
     record = read_record(grid.folder / item.place)
     assert record is not None and record.error == "killed by SIGKILL: no word"
+
+
+def test_a_failure_without_words_says_that_it_left_none(grid: Grid) -> None:
+    item, said = grid.needed()[0], list[str]()
+    failed = {"state": "failed", "stamp": Stamps(grid).of(item)}
+    path = grid.folder / item.place / "row.json"
+    ending = f"open({str(path)!r}, 'w').write({json.dumps(failed)!r})\nsys.exit(1)"
+    errors = make(grid, [item], lambda i: stand_in(grid, i, ending), said.append)
+    assert errors == {item.place: "it left no word of why"}
+    assert "FAILED: it left no word of why (all it said: " in said[-1]
 
 
 def test_what_needs_a_run_that_failed_is_failed_too(grid: Grid) -> None:

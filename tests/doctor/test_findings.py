@@ -187,6 +187,26 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HUB_OFFLINE" in surroundings.hub().found
 
 
+def test_a_place_that_no_run_can_be_made_in_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAKD_CACHE", str(tmp_path))
+    a_file = tmp_path / "a_file"
+    a_file.touch()
+    # Nobody can write into /proc, root neither.
+    for runs, words in (
+        (a_file, "Not a directory"),
+        (a_file / "runs", f"{a_file}: Not a directory"),
+        (Path("/proc/runs"), "/proc: No such file or directory"),
+    ):
+        found, cache = machine.disks(runs)
+        assert (found.name, found.state, cache.state) == ("disk of runs", "missing", "ok")
+        assert found.found.endswith(words) and found.advice and not found.needed
+    found, _ = machine.disks(tmp_path / "not" / "yet")
+    assert found.state != "missing" and not (tmp_path / "not").exists()
+    assert sorted(tmp_path.iterdir()) == [a_file]
+
+
 def test_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAKD_CACHE", str(tmp_path / "not" / "yet"))
     assert surroundings.cache_folder().state == "ok"

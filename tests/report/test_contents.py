@@ -119,6 +119,49 @@ def test_numbers_that_are_none_are_shown_and_become_null(make_run: Any) -> None:
     assert "<td>nan</td>" in page and "<td>NaN" not in page
 
 
+@pytest.mark.parametrize(
+    "absurd", [10**400, -(10**400), 1e308], ids=["large", "negative", "a float"]
+)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("evaluation.json", '"total": 110000'),
+        ("factorization.json", '"rank": 4'),
+        ("attention.json", '"tokens": 6000'),
+        ("metrics.jsonl", '"step": 12'),
+        ("metrics.jsonl", '"tokens": 1901'),
+    ],
+)
+def test_a_number_that_no_sum_can_take_is_damage(
+    make_run: Any, name: str, number: str, absurd: float
+) -> None:
+    path = make_run() / name
+    path.write_text(path.read_text().replace(number, f"{number.split(':')[0]}: {absurd}"))
+    run = read_run(path.parent)
+    (note,) = run.notes
+    lines = "of its lines cannot be read"
+    said = "has a number of 401 digits" if isinstance(absurd, int) else "has the number 1e+308"
+    assert note.startswith(f"{name}: ") and (lines if name == "metrics.jsonl" else said) in note
+    json.dumps(numbers([run]), allow_nan=False)
+    assert note in render(read([path.parent]))
+
+
+def test_a_matrix_of_no_size_is_damage(make_run: Any) -> None:
+    path = make_run() / "factorization.json"
+    path.write_text(path.read_text().replace('"rows": 16', '"rows": 0'))
+    (note,) = read_run(path.parent).notes
+    assert note.startswith("factorization.json: not as this version writes it (matrices.1.rows: ")
+
+
+def test_an_interval_without_an_end_is_damage(make_comparison: Any) -> None:
+    path = make_comparison() / "comparison.json"
+    found = json.loads(path.read_text())
+    found["groups"][0]["rougeLsum"]["high"] = float("inf")
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"comparison\.json: .* \(groups\.0\.rougeLsum\.high: "):
+        read_comparison(path.parent)
+
+
 def test_attention_that_was_not_measured_says_why(make_run: Any) -> None:
     folder = make_run()
     found = json.loads((folder / "attention.json").read_text())

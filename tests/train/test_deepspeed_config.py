@@ -106,6 +106,9 @@ def test_wrong_files_are_named(tmp_path: Path, content: str, words: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such DeepSpeed config"):
         read_deepspeed_config(tmp_path / "none.json")
+    (tmp_path / "a_file").touch()
+    with pytest.raises(UserError, match=r"a_file/x: cannot be read \(Not a directory\)"):
+        read_deepspeed_config(tmp_path / "a_file" / "x")
 
 
 def test_the_frozen_engine_keeps_sharding_and_precision_and_has_no_optimizer() -> None:
