@@ -173,6 +173,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
             {
                 "batch": "batch",
                 "dtype": "dtype",
+                "rounds": "rounds",
                 "contestant": "",
                 "tokens_per_second": "tokens/s",
                 "times_trl": "of TRL's",
