@@ -89,6 +89,7 @@ def build_job(
         large,
         sharding.weight,
         length,
+        whole=sharding.stage < 3,
     )
     job = Job(
         student=small,

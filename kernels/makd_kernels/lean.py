@@ -7,7 +7,11 @@ what goes in, that over its root mean square, and what comes out; of a gate what
 out, what it is multiplied with, and the product. `rms_norm` keeps what goes in, `swiglu` its two
 inputs. What comes out is needed by the matmul behind it; inside `keeping_less()` both leave a note
 how it was made, and `lowrank_linear` keeps the note in its place. Its backward makes the tensor
-again, with a few additions and multiplications and never a matmul.
+again, with a few additions and multiplications.
+
+`lowrank_linear` leaves such a note too where its own input had one, for `swiglu`, which then keeps
+no `up` but the narrow product that it came from: the widest tensor of a layer for the wider one of
+two factors once more.
 
 On a CPU both work on a block of rows at a time, so that what lies between two operations stays in
 cache. Gradients of gradients are those of the plain formulas. (The saving is ours; that a norm's
@@ -18,11 +22,13 @@ backward needs its input alone is well known, e.g. from Liger Kernel, arXiv 2410
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 BLOCK_ELEMENTS_CPU = 2**16  # of one tensor; the four or five of a block fit a core's second cache
@@ -72,9 +78,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"gate is {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}; they must "
             "be alike"
         )
-    y: Tensor = _SwiGLU.apply(gate, up)
+    note = note_of(up)
+    y: Tensor = _SwiGLU.apply(gate, up) if note is None else _SwiGLUOfNoted.apply(gate, up, note)
     if _notes is not None and y.requires_grad:
-        _leave(y, _swiglu_of, gate, up)
+        if note is None:
+            _leave(y, _swiglu_of, gate, up)
+        else:
+            _leave(y, partial(_swiglu_of_noted, note), gate, *note.tensors, parent=note)
     return y
 
 
@@ -93,16 +103,26 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 class _Note:
     """How a tensor is made again: `make(*tensors, *rest)`.
 
-    Several products may keep it (of queries, keys and values); what the first of them makes stays
-    until the last has had it.
+    Several may use it (products of queries, keys and values); what is made for the first of them
+    stays until the last has had it. parent: the note of a tensor that has to be made before.
     """
 
     def __init__(
-        self, make: Callable[..., Tensor], tensors: tuple[Tensor, ...], rest: tuple[Any, ...]
+        self,
+        make: Callable[..., Tensor],
+        tensors: tuple[Tensor, ...],
+        rest: tuple[Any, ...],
+        parent: "_Note | None" = None,
     ) -> None:
-        self.make, self.tensors, self.rest = make, tensors, rest
+        self.make, self.tensors, self.rest, self.parent = make, tensors, rest, parent
         self.users = 0
         self._made: Tensor | None = None
+
+    def use(self) -> None:
+        """There is one more whose backward needs the tensor."""
+        if self.users == 0 and self.parent is not None:
+            self.parent.use()
+        self.users += 1
 
     def again(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The tensor, for one of its users."""
@@ -116,29 +136,36 @@ _notes: dict[int, tuple[StorageWeakRef, _Note]] | None = None
 """By the address of a tensor's memory, which is not used again while the weak reference is there.
 None outside of `keeping_less`.
 """
+_whole_weights = True
 
 
 @contextmanager
-def keeping_less() -> Iterator[None]:
+def keeping_less(*, whole_weights: bool = True) -> Iterator[None]:
     """Inside it, what a forward keeps for its backward is less. Not for a forward whose gradient is
     to be differentiated again: what is made again has no history of its own. Not for one with
     checkpointed layers either: what they run again would have to be inside as well.
+
+    whole_weights: every weight is there during the whole backward, and not during that of its own
+    module alone (as under ZeRO-3). No factor is used again otherwise.
     """
-    global _notes
-    outer, _notes = _notes, {}
+    global _notes, _whole_weights
+    outer, _notes = (_notes, _whole_weights), {}
+    _whole_weights = whole_weights
     try:
         yield
     finally:
         for _, note in _notes.values():
             note.tensors = ()  # whose backward needs them has saved them
-        _notes = outer
+        _notes, _whole_weights = outer
 
 
-def _leave(y: Tensor, make: Callable[..., Tensor], *arguments: Any) -> None:
+def _leave(
+    y: Tensor, make: Callable[..., Tensor], *arguments: Any, parent: _Note | None = None
+) -> None:
     tensors = tuple(a for a in arguments if isinstance(a, Tensor))
     storage = StorageWeakRef(y.untyped_storage())
     assert _notes is not None
-    _notes[storage.cdata] = storage, _Note(make, tensors, arguments[len(tensors) :])
+    _notes[storage.cdata] = storage, _Note(make, tensors, arguments[len(tensors) :], parent)
 
 
 def note_of(x: Tensor) -> _Note | None:
@@ -155,7 +182,10 @@ def product_of_noted(
     x: Tensor, note: _Note, down_RK: Tensor, up_MR: Tensor, bias_M: Tensor | None
 ) -> Tensor:
     """x @ down^T @ up^T + bias as two matmuls, (..., M), keeping the note in x's place."""
-    y: Tensor = _ProductOfNoted.apply(x, note, down_RK, up_MR, bias_M)
+    y: Tensor
+    y, narrow = _ProductOfNoted.apply(x, note, down_RK, up_MR, bias_M)
+    if _whole_weights and y.requires_grad:
+        _leave(y, F.linear, narrow, up_MR, *(() if bias_M is None else (bias_M,)))
     return y
 
 
@@ -163,15 +193,17 @@ class _ProductOfNoted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, note: _Note, down_RK: Tensor, up_MR: Tensor, bias_M: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         narrow = F.linear(x, down_RK)
         ctx.save_for_backward(narrow, down_RK, up_MR, *note.tensors)
         ctx.note, ctx.biased = note, bias_M is not None
-        note.users += 1
-        return F.linear(narrow, up_MR, bias_M)
+        ctx.mark_non_differentiable(narrow)
+        ctx.set_materialize_grads(False)
+        note.use()
+        return F.linear(narrow, up_MR, bias_M), narrow
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         narrow, down_RK, up_MR, *tensors = ctx.saved_tensors
         grad_NM, narrow_NR = grad.flatten(0, -2), narrow.flatten(0, -2)
         grad_narrow_NR = grad_NM @ up_MR
@@ -221,15 +253,36 @@ class _SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             y = swiglu_reference(gate, up)
             return _differentiable(y, (gate, up), ctx.needs_input_grad, grad)
-        flat = [t.reshape(-1, gate.shape[-1]) for t in (gate, up, grad)]
-        grad_gate, grad_up = (torch.empty_like(flat[0]) for _ in range(2))
-        for rows in _blocks(flat[0]):
-            gate_nM, up_nM, grad_nM = (t[rows] for t in flat)
-            torch.mul(F.silu(gate_nM), grad_nM, out=grad_up[rows])
-            torch.ops.aten.silu_backward.grad_input(
-                grad_nM * up_nM, gate_nM, grad_input=grad_gate[rows]
-            )
-        return grad_gate.view(gate.shape), grad_up.view(gate.shape)
+        return _swiglu_backward(gate, up, grad)
+
+
+class _SwiGLUOfNoted(torch.autograd.Function):
+    """With up's note in its place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, note: _Note) -> Tensor:
+        ctx.save_for_backward(gate, *note.tensors)
+        ctx.note = note
+        note.use()
+        return _swiglu_of(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, *tensors = ctx.saved_tensors
+        return *_swiglu_backward(gate, ctx.note.again(tuple(tensors)), grad), None
+
+
+def _swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    flat = [t.reshape(-1, gate.shape[-1]) for t in (gate, up, grad)]
+    grad_gate, grad_up = (torch.empty_like(flat[0]) for _ in range(2))
+    for rows in _blocks(flat[0]):
+        gate_nM, up_nM, grad_nM = (t[rows] for t in flat)
+        torch.mul(F.silu(gate_nM), grad_nM, out=grad_up[rows])
+        torch.ops.aten.silu_backward.grad_input(
+            grad_nM * up_nM, gate_nM, grad_input=grad_gate[rows]
+        )
+    return grad_gate.view(gate.shape), grad_up.view(gate.shape)
 
 
 def _norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -255,6 +308,10 @@ def _swiglu_of(gate: Tensor, up: Tensor) -> Tensor:
     for rows in _blocks(gate_NM):
         torch.mul(F.silu(gate_NM[rows]), up_NM[rows], out=y_NM[rows])
     return y_NM.view(gate.shape)
+
+
+def _swiglu_of_noted(note: _Note, gate: Tensor, *tensors: Tensor) -> Tensor:
+    return _swiglu_of(gate, note.again(tensors))
 
 
 def _blocks(like_NM: Tensor) -> list[slice]:

@@ -70,16 +70,20 @@ def rules_of(sizes: Sizes) -> Rules:
     return replace(rules, parallel=rules.parallel and not sizes.sequential)
 
 
-def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int, *, noted: bool = True) -> int:
+def layer_keeps(
+    sizes: Sizes, weight: int, layer: int, length: int, *, noted: bool = True, whole: bool = True
+) -> int:
     """Bytes per token that one decoder layer keeps for the backward. noted: inside `keeping_less`,
     as a student's forward is (but not the one that a checkpointed layer's backward begins with).
+    whole: with whole weights, as everywhere but under ZeRO-3.
 
     With c bytes a weight: each norm its input D c, or in fp32 4 D and its result 4 D; the inputs of
     matrices 2 D c; attention (2 Q + 2 G) c and 4 bytes a head; the feed-forward part F c each for
     the gate, its activation, the up projection and their product (without a gate: what the
     activation keeps, and its result); and R c for the narrow product of every factored matrix.
     A lean gate keeps no activation; and what a lean norm or gate gives is not kept where noted, if
-    all matrices that read it are factored. Where records are as long as the layer's window, also
+    all matrices that read it are factored; nor is what a factored `up` gives, if weights are whole.
+    Where records are as long as the layer's window, also
     its mask, T c, and keys and values repeated for all heads, 2 (Q - G) c (copies, so that a fused
     module's outputs are not kept).
     """
@@ -106,14 +110,22 @@ def layer_keeps(sizes: Sizes, weight: int, layer: int, length: int, *, noted: bo
     inside = _ACTIVATION_KEEPS.get(sizes.activation, 1)
     wide = inside + (3 if sizes.gated else 1)
     if rules.lean_gate and sizes.activation == "silu":
-        wide = 2 + (not noted or "down" in dense)
+        wide = 2 + (not noted or "down" in dense) - (noted and whole and _up_again(sizes, layer))
     total += wide * sizes.neurons * c
     return total + sizes.ranks[layer] * c
 
 
-def model_keeps(sizes: Sizes, weight: int, length: int) -> int:
+def _up_again(sizes: Sizes, layer: int) -> bool:
+    """Whether `up`'s output can be made again in a noted layer with whole weights."""
+    rules = rules_of(sizes)
+    lean = rules.lean_gate and sizes.activation == "silu" and rules.norm == "lean"
+    return lean and "up" not in sizes.dense[layer]
+
+
+def model_keeps(sizes: Sizes, weight: int, length: int, *, whole: bool = True) -> int:
     """The same of all layers."""
-    return sum(layer_keeps(sizes, weight, layer, length) for layer in range(sizes.layers))
+    layers = range(sizes.layers)
+    return sum(layer_keeps(sizes, weight, layer, length, whole=whole) for layer in layers)
 
 
 def layer_works(sizes: Sizes, weight: int, length: int) -> int:
@@ -147,14 +159,16 @@ def captured(
     teacher: Sizes,
     weight: int,
     length: int,
+    *,
+    whole: bool,
 ) -> Captured:
-    """What the objectives' needs come to.
+    """What the objectives' needs come to. whole: as of `layer_keeps`.
 
     A squared error, a cosine and a relation keep one tensor of what they compare; an attention
     divergence keeps the gradients of the student's queries and keys.
     """
-    whole = _shown(student_needs, student)
-    kept = _kept_anyway(student_needs, student, weight)
+    shown = _shown(student_needs, student)
+    kept = _kept_anyway(student_needs, student, weight, whole)
     needs = student_needs
     compared = len(needs.hidden) * student.width
     compared += len(needs.attention) * (student.query + student.key_value)
@@ -162,11 +176,13 @@ def captured(
         compared += student.outputs(role)
     compared += len(needs.again) * 3 * student.width
     # a layer that runs again keeps what every layer keeps
-    again = sum(layer_keeps(student, weight, layer, length) for layer, _ in needs.again)
+    again = sum(
+        layer_keeps(student, weight, layer, length, whole=whole) for layer, _ in needs.again
+    )
     return Captured(
         teacher=_shown(teacher_needs, teacher) * weight,
-        student=(whole - kept) * weight + again,
-        student_whole=whole * weight + again,
+        student=(shown - kept) * weight + again,
+        student_whole=shown * weight + again,
         compared=compared * weight + again,
     )
 
@@ -189,7 +205,7 @@ def _inputs(matrices: Collection[tuple[int, str]], sizes: Sizes) -> int:
     return sum(sizes.inputs(role) for _, role in read)
 
 
-def _kept_anyway(needs: Needs, sizes: Sizes, weight: int) -> int:
+def _kept_anyway(needs: Needs, sizes: Sizes, weight: int, whole: bool) -> int:
     """Of what a capture of the student shows, numbers per token that its backward keeps as well."""
     rules = rules_of(sizes)
     # a norm in fp32 keeps a copy: the stream itself only where that is fp32
@@ -201,4 +217,8 @@ def _kept_anyway(needs: Needs, sizes: Sizes, weight: int) -> int:
         kept.add("up")
     if not rules.rotary:
         kept |= {"q", "k"}
-    return total + sum(sizes.outputs(role) for _, role in needs.matrix if role in kept)
+    return total + sum(
+        sizes.outputs(role)
+        for layer, role in needs.matrix
+        if role in kept and not (role == "up" and whole and _up_again(sizes, layer))
+    )

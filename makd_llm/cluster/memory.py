@@ -223,7 +223,9 @@ def _kept(job: Job) -> int:
     final = sizes.width * (4 + 2 * weight)  # the last norm, and its result
     if job.checkpointing:
         return (sizes.layers * sizes.width * weight + final) * job.tokens
-    return (model_keeps(sizes, weight, job.length) + final) * job.tokens
+    return (
+        model_keeps(sizes, weight, job.length, whole=job.sharding.stage < 3) + final
+    ) * job.tokens
 
 
 def chunk_rows(job: Job) -> int:

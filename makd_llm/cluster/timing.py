@@ -64,7 +64,7 @@ def timing_of(job: Job, machine: Machine) -> Timing:
         states = model_keeps(job.teacher, weight, job.length) * job.tokens
         moved["teacher"] = times * (job.teacher.numbers * weight + 2 * states)
     forward = forward_flops(student, job.tokens, job.length, job.rows)
-    states = model_keeps(student, weight, job.length) * job.tokens
+    states = model_keeps(student, weight, job.length, whole=sharding.stage < 3) * job.tokens
     flops["forward"] = times * forward
     flops["backward"] = times * forward * (3 if job.checkpointing else 2)
     moved["forward"] = times * (student.numbers * weight + 2 * states)

@@ -93,8 +93,6 @@ class Trained:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         self.model = model
-        # What a checkpointed layer runs again in the backward has to keep what its forward did.
-        self._keeping = nullcontext if gradient_checkpointing else keeping_less
         with monitors.starting():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -108,6 +106,11 @@ class Trained:
             not gradient_checkpointing and not self.engine.zero_optimization_partition_weights()
         )
         """Whether a backward can go through a backward: all weights lie there while it runs."""
+        # What a checkpointed layer runs again in the backward has to keep what its forward did.
+        self._keeping: Callable[[], AbstractContextManager[None]] = nullcontext
+        if not gradient_checkpointing:
+            whole = not self.engine.zero_optimization_partition_weights()
+            self._keeping = partial(keeping_less, whole_weights=whole)
         self.accumulation_steps: int = self.engine.gradient_accumulation_steps()
         self.data_parallel_size: int = self.engine.dp_world_size
         self.engine.train()

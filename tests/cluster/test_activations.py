@@ -20,7 +20,7 @@ from makd_llm.testing import tiny_config
 TOKENS = 64
 
 
-def kept_bytes(config: object, dtype: torch.dtype, noted: bool) -> int:
+def kept_bytes(config: object, dtype: torch.dtype, noted: bool, whole: bool) -> int:
     """What the backbone's forward keeps beside its parameters, each tensor once."""
     made = (
         model_class_for(config)
@@ -47,7 +47,7 @@ def kept_bytes(config: object, dtype: torch.dtype, noted: bool) -> int:
     family = FAMILIES[made.config.model_type.removeprefix("makd_")]
     backbone = made.get_submodule(family.backbone)
     ids = torch.randint(1, 40, (1, TOKENS))
-    less = keeping_less() if noted else nullcontext()
+    less = keeping_less(whole_weights=whole) if noted else nullcontext()
     with less, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = backbone(input_ids=ids, use_cache=False).last_hidden_state
     assert result.grad_fn is not None
@@ -55,7 +55,13 @@ def kept_bytes(config: object, dtype: torch.dtype, noted: bool) -> int:
 
 
 def said_and_kept(
-    family: str, dtype: torch.dtype, *, noted: bool = True, keep: float = 0.6, **changed: Any
+    family: str,
+    dtype: torch.dtype,
+    *,
+    noted: bool = True,
+    whole: bool = True,
+    keep: float = 0.6,
+    **changed: Any,
 ) -> tuple[int, float]:
     """Bytes per token of a second layer: what the planner says, and what autograd keeps."""
     totals, sizes = [], None
@@ -68,18 +74,22 @@ def said_and_kept(
             config.layer_types = config.layer_types[:1] * layers
         student = student_config(config, keep, 1)
         sizes = sizes_of(student)
-        totals.append(kept_bytes(student, dtype, noted))
+        totals.append(kept_bytes(student, dtype, noted, whole))
     assert sizes is not None
-    said = layer_keeps(sizes, dtype.itemsize, 1, TOKENS, noted=noted)
+    said = layer_keeps(sizes, dtype.itemsize, 1, TOKENS, noted=noted, whole=whole)
     return said, (totals[1] - totals[0]) / TOKENS
 
 
-@pytest.mark.parametrize("noted", [True, False], ids=["noted", "plain"])
+@pytest.mark.parametrize(
+    ("noted", "whole"), [(True, True), (True, False), (False, True)], ids=["whole", "cut", "plain"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(RULES))
-def test_a_layer_keeps_what_is_said(family: str, dtype: torch.dtype, noted: bool) -> None:
+def test_a_layer_keeps_what_is_said(
+    family: str, dtype: torch.dtype, noted: bool, whole: bool
+) -> None:
     types = {"layer_types": ["full_attention"]} if family == "gemma3_text" else {}
-    said, kept = said_and_kept(family, dtype, noted=noted, **types)
+    said, kept = said_and_kept(family, dtype, noted=noted, whole=whole, **types)
     assert said == pytest.approx(kept, rel=0.02)
 
 

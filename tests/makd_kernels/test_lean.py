@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from makd_kernels import lean, lowrank_linear
 from makd_kernels.lean import (
@@ -127,16 +128,40 @@ def kept(run: Callable[[], Tensor]) -> int:
     return sum(sizes.values())
 
 
-def test_outputs_of_norm_and_gate_are_not_kept() -> None:
+@pytest.mark.parametrize(("whole", "numbers_less"), [(True, 24 + 40 + 40), (False, 24 + 40)])
+def test_outputs_of_norm_gate_and_up_are_not_kept(whole: bool, numbers_less: int) -> None:
     layer, x = Layer(), numbers(512, 24, seed=9)
     plain = kept(lambda: layer(x))
 
     def less() -> Tensor:
-        with keeping_less():
+        with keeping_less(whole_weights=whole):
             return layer(x)
 
     saved = plain - kept(less)
-    assert saved == pytest.approx(512 * 8 * (24 + 40), abs=512)  # but a copy of the norm's weight
+    assert saved == pytest.approx(512 * 8 * numbers_less, abs=512)  # but a copy of a weight
+
+
+def test_up_is_made_again_once_for_both_that_need_it() -> None:
+    """The product behind the gate, and the gate's own backward: one more product, 2 N R M."""
+    layer, x = Layer(), numbers(6, 24, seed=9)
+    flops = []
+    for whole in (False, True):
+        with keeping_less(whole_weights=whole):
+            result = layer(x)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(result.square().sum(), [x, *layer.weights])
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == 2 * 6 * 4 * 40
+
+
+def test_a_gradient_through_up_is_not_differentiated_again() -> None:
+    """Wrongly, which would be in silence: what is made again has no history."""
+    layer, x = Layer(), numbers(6, 24, seed=9)
+    with keeping_less():
+        result = layer(x)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
 
 
 def test_a_part_of_a_noted_tensor_is_kept_itself() -> None:
