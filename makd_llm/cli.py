@@ -6,6 +6,7 @@ where a server did not answer, 74 where another rank did not, 71 where memory wa
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -274,6 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
     debug = "--debug" in arguments
+    # Where it finds no GPU it says so on standard output, which is a table's or JSON's.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     try:
         os.environ.update(rendezvous(os.environ))
         command.main(arguments, prog_name="makd", standalone_mode=False)
@@ -296,6 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except Exception:  # noqa: BLE001 - whatever it is, it ends this rank
         _fail(debug=debug)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _fail(*, debug: bool) -> NoReturn:

@@ -137,8 +137,6 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed sets its level anew when it is imported, and speaks where a table or JSON goes.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
     # torch deprecates collectives that DeepSpeed still calls, at every step anew.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from datasets.utils.logging import disable_progress_bar
@@ -152,10 +150,6 @@ def quiet() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         own.addHandler(handler)
     own.setLevel(logging.INFO if is_main() else logging.ERROR)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def shutdown() -> None:
