@@ -326,7 +326,9 @@ def test_peers_take_turns_at_the_same_batches(load, run_folder: Path, tmp_path: 
     assert [row["contestant"] for row in rows] == list(peers.CONTESTANTS)
     for row in rows:
         parts = ("teacher", "student", "loss", "backward", "optimizer")
-        assert all(float(row[f"{part}_s"]) > 0 for part in parts)
+        seconds = {part: float(row[f"{part}_s"]) for part in parts}
+        assert seconds.pop("loss") >= 0.0  # the rest, which of tiny models may round to nothing
+        assert all(value > 0.0 for value in seconds.values())
         assert float(row["peak_MB"]) > 0 and float(row["of_matmul"].rstrip("%")) > 0
     assert rows[0]["times_trl"] == rows[0]["memory_of_trl"] == "1.00"
     assert "| makd_llm kd |" in load("readme").TABLES["peers"][1](rows)
