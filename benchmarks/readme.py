@@ -23,6 +23,8 @@ DOCUMENTS = (
 )
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
+LINES = ("row", "group")
+"""What the lines of a comparison.csv are of."""
 
 
 def attention(rows: list[Row]) -> str:
@@ -83,9 +85,6 @@ def comparison(rows: list[Row]) -> str:
     found = {f"{kind}s": [line for line in lines if line["line"] == kind] for kind in LINES}
     tables = markdown_tables({"name": "DialogSum", **found})
     return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items())
-
-
-LINES = ("row", "group")
 
 
 def _nested(row: Row) -> dict[str, Any]:

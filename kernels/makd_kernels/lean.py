@@ -9,9 +9,9 @@ inputs. What comes out is needed by the matmul behind it; inside `keeping_less()
 how it was made, and `lowrank_linear` keeps the note in its place. Its backward makes the tensor
 again, with a few additions and multiplications.
 
-`lowrank_linear` leaves such a note too where its own input had one, for `swiglu`, which then keeps
-no `up` but the narrow product that it came from: the widest tensor of a layer for the wider one of
-two factors once more.
+`lowrank_linear` leaves such a note too, where its own input had one. By it `swiglu` keeps the
+narrow product that `up` came from in the place of `up`, one of a layer's widest tensors; its
+backward multiplies that with the second factor once more.
 
 On a CPU both work on a block of rows at a time, so that what lies between two operations stays in
 cache. Gradients of gradients are those of the plain formulas. (The saving is ours; that a norm's
@@ -137,6 +137,7 @@ _notes: dict[int, tuple[StorageWeakRef, _Note]] | None = None
 None outside of `keeping_less`.
 """
 _whole_weights = True
+"""Whether factors may be used again in another module's backward, see `keeping_less`."""
 
 
 @contextmanager

@@ -83,9 +83,8 @@ def layer_keeps(
     activation keeps, and its result); and R c for the narrow product of every factored matrix.
     A lean gate keeps no activation; and what a lean norm or gate gives is not kept where noted, if
     all matrices that read it are factored; nor is what a factored `up` gives, if weights are whole.
-    Where records are as long as the layer's window, also
-    its mask, T c, and keys and values repeated for all heads, 2 (Q - G) c (copies, so that a fused
-    module's outputs are not kept).
+    Where records are as long as the layer's window, also its mask, T c, and keys and values
+    repeated for all heads, 2 (Q - G) c (copies, so that a fused module's outputs are not kept).
     """
     rules, c = rules_of(sizes), weight
     query, key, dense = sizes.query, sizes.key_value, sizes.dense[layer]
