@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -220,14 +221,27 @@ app.add_typer(slurm, name="slurm")
 @app.command()
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print evaluation.json instead of the table.")
-    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another run: the students' differences, paired by document."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Shows the table of a finished run."""
-    from makd_llm.report.table import show_evaluation
+    """Shows the table of a finished run, or (`--against`) whether its student differs from that of
+    another run, and how sure that is.
+    """
+    from makd_llm.report.table import show_differences, show_evaluation
 
+    if against is not None:
+        from makd_llm.evaluation.against import students_apart
+
+        apart = students_apart(run_dir, against)
+        if as_json:
+            print(json.dumps({name: asdict(one) for name, one in apart.items()}, indent=1))
+        else:
+            show_differences(apart, str(run_dir), str(against))
+        return
     path = run_dir / "evaluation.json"
     if not path.is_file():
         raise UserError(

@@ -7,12 +7,11 @@ keep ratio (Benjamini and Hochberg), is below 0.05. Of the others it is said tha
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from makd_llm.evaluation.against import PER_TOKEN
 from makd_llm.evaluation.significance import adjusted, p_in_words
 
 LEVEL = 0.05
 METRIC = "rougeLsum"
-PER_TOKEN = "nats_per_token"
-"""The logarithm of the perplexity, as a mean over documents: what tests are made of."""
 WORDS = {
     METRIC: ("ROUGE-Lsum", "{:+.2f}"),
     PER_TOKEN: ("nats per token, less is better", "{:+.3f}"),

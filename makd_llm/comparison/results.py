@@ -3,23 +3,23 @@
 A row is one run, or a baseline; a group is a row over its seeds. What is not there yet is null.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 
-from makd_llm.comparison.analysis import PER_TOKEN, analysis_of
+from makd_llm.comparison.analysis import analysis_of
 from makd_llm.comparison.grid import Grid
 from makd_llm.comparison.reading import Found, read_rows
 from makd_llm.comparison.tables import as_csv, as_markdown
 from makd_llm.evaluation import rouge
-from makd_llm.evaluation.significance import METHODS, Scores, mean_interval, paired_difference
+from makd_llm.evaluation.against import METRICS, differences, scores_of
+from makd_llm.evaluation.measured import Measured
+from makd_llm.evaluation.significance import METHODS, mean_interval
 from makd_llm.files import write_json, write_whole
 
-METRICS = ("rouge1", "rouge2", "rougeLsum")
 NUMBERS = ("parameters", "tokens", "seconds", "peak_memory_MB", "perplexity")
 
 
@@ -116,7 +116,7 @@ def _measures(those: Sequence[Found], teacher: Mapping[str, float]) -> dict[str,
     """ROUGE of one row, or of its seeds together, and as a share of the teacher's."""
     if not any(one.measured for one in those):
         return dict.fromkeys((*METRICS, "share_of_teacher"))
-    means, scores = _means(those), _scores(those)
+    means, scores = _means(those), scores_of(_measured(those))
     share = {m: means[m] / teacher[m] if teacher[m] else None for m in METRICS if teacher}
     return {
         **{metric: asdict(mean_interval(scores[metric])) for metric in METRICS},
@@ -143,27 +143,17 @@ def _against(
         alike = own.keys() == others.keys() if whole else own.keys() <= others.keys()
         if name == own_row.name or not alike:
             continue
-        theirs = _scores([others[seed] for seed in own])
-        against[name] = {
-            metric: asdict(paired_difference(scores, theirs[metric]))
-            for metric, scores in _scores(those).items()
-            if metric in theirs
-        }
+        found = differences(_measured(own.values()), _measured(others[seed] for seed in own))
+        against[name] = {metric: asdict(difference) for metric, difference in found.items()}
     return against
 
 
-def _scores(those: Sequence[Found]) -> dict[str, Scores]:
-    """metric -> (seeds, documents); nats are shares of the mean per token, which their mean is."""
-    measured = [one.measured for one in those if one.measured]
-    found = {metric: np.array([m.scores[metric] for m in measured]) for metric in METRICS}
-    if all("nats" in m.scores for m in measured):
-        nats = np.array([m.scores["nats"] for m in measured])
-        found[PER_TOKEN] = nats * nats.shape[1] / measured[0].row["perplexity"]["tokens"]
-    return found
+def _measured(those: Iterable[Found]) -> list[Measured]:
+    return [one.measured for one in those if one.measured]
 
 
 def _means(those: Sequence[Found]) -> dict[str, float]:
-    return {metric: float(scores.mean()) for metric, scores in _scores(those).items()}
+    return {metric: float(s.mean()) for metric, s in scores_of(_measured(those)).items()}
 
 
 def equal_tokens(rows: Sequence[Found]) -> dict[str, Any]:

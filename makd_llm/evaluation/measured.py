@@ -7,7 +7,7 @@ need. It holds for one model under one way of measuring, which the key names.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class Measured:
         texts: what it wrote, a text for each record.
         scores: metric -> its value for each record, in the same order; `nats` those of every
             reference.
+        key: of the model, and of how it was measured.
     """
 
     row: dict[str, Any]
     texts: Sequence[str]
     scores: Mapping[str, Sequence[float]]
+    key: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_measured(path: Path, key: Mapping[str, Any] | None = None) -> Measured | None:
@@ -46,7 +48,7 @@ def read_measured(path: Path, key: Mapping[str, Any] | None = None) -> Measured 
         if key is not None and found["key"] != json.loads(json.dumps(key, default=str)):
             return None
         _check(found)
-        return Measured(found["row"], found["texts"], found["scores"])
+        return Measured(found["row"], found["texts"], found["scores"], found["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from makd_llm.evaluation.significance import METHODS, Difference, p_in_words
+
 COLUMNS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -24,6 +26,20 @@ def show_evaluation(evaluation: Mapping[str, Any]) -> None:
     show(evaluation_table(evaluation))
     if "stages" in evaluation:
         show(stages_table(evaluation["stages"]))
+
+
+def show_differences(found: Mapping[str, Difference], run: str, other: str) -> None:
+    """Prints how far a run's student is above another's, by metric."""
+    table = Table(
+        title=f"{run}, above {other}",
+        caption=f"interval: {METHODS['intervals']}; p: {METHODS['p']}",
+    )
+    for column in ("metric", "difference", "95 % interval", "p"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, one in found.items():
+        interval = f"{one.low:+.3f} to {one.high:+.3f}"
+        table.add_row(name, f"{one.difference:+.3f}", interval, p_in_words(one.p))
+    show(table)
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
